@@ -1,0 +1,1 @@
+"""Everything both backends share; imports no framework, and importing it is light."""

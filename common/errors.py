@@ -1,0 +1,30 @@
+"""Errors for the person at the keyboard, and how a command reports them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the user can mend: what was wrong, where, what is allowed, what to do."""
+
+
+def listed(problems: list[str], limit: int = 20) -> str:
+    """Join problems one to a line, the first `limit` of them and a count of the rest."""
+    shown = "\n".join(f"  {problem}" for problem in problems[:limit])
+    more = len(problems) - limit
+    return shown + (f"\n  ... and {more} more" if more > 0 else "")
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run a command's `main` and exit: 0 or its code, 2 after a UserError, 130 after Ctrl-C."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    raise SystemExit(code or 0)

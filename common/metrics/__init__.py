@@ -1,0 +1,1 @@
+"""Metrics of rankings, their significance and calibration."""

@@ -1,0 +1,1 @@
+"""First-stage retrieval: lexical, dense and their fusion."""

@@ -1,0 +1,1 @@
+"""The Flax NNX backend (twin: mlx_impl)."""
