@@ -1,0 +1,1 @@
+"""Ranking data: formats, sources, training lists and batches."""
