@@ -1,0 +1,323 @@
+"""Tokenizers for query-passage pairs: separate limits, the family's own template, segment 0 throughout.
+
+A pair reads `[CLS] query [SEP] passage [SEP]` (or the template of the checkpoint's family). Each token has a
+side: 1 the query with its special tokens, 2 the passage with its own, 0 padding.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Ids = np.ndarray  # int32 [S]
+
+PADDING, QUERY, PASSAGE = 0, 1, 2
+_PAD_TOKENS = ("[PAD]", "<pad>", "<|endoftext|>")
+_COPIED_FILES = (
+    "vocab.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spm.model",
+    "merges.txt",
+    "vocab.json",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One encoded text or pair: ids int32 [S], sides int8 [S] (1 query side, 2 passage side)."""
+
+    ids: Ids
+    sides: np.ndarray
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """How many pairs were encoded, and how many of them lost tokens of the query or of the passage."""
+
+    pairs: int = 0
+    queries: int = 0
+    passages: int = 0
+
+    @property
+    def query_share(self) -> float:
+        return self.queries / self.pairs if self.pairs else 0.0
+
+    @property
+    def passage_share(self) -> float:
+        return self.passages / self.pairs if self.pairs else 0.0
+
+
+class PairTokenizer:
+    """The tokenizer of a checkpoint directory, for pairs (rerankers) and single texts (bi-encoders).
+
+    The two limits count tokens without special ones and are separate: a long passage never costs the query
+    a token.
+    Raises UserError when the directory holds no tokenizer that can be read.
+    """
+
+    def __init__(
+        self, directory: str | Path, max_query_tokens: int = 64, max_passage_tokens: int = 192
+    ) -> None:
+        if min(max_query_tokens, max_passage_tokens) < 1:
+            raise UserError(
+                f"max_query_tokens={max_query_tokens}, max_passage_tokens={max_passage_tokens}: "
+                "both must be at least 1"
+            )
+        self.directory = Path(directory)
+        self.max_query_tokens = max_query_tokens
+        self.max_passage_tokens = max_passage_tokens
+        self.truncation = Truncation()
+        self._settings = _read_settings(self.directory)
+        self._tokenizer = _load_tokenizer(self.directory, self._settings)
+        self._pair_template = _template(self._tokenizer, pair=True)
+        self._text_template = _template(self._tokenizer, pair=False)
+        self.pad_id = self._find_pad_id()
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included; a model's embedding needs at least this many rows."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def max_pair_length(self) -> int:
+        """Longest pair that can come out, special tokens included."""
+        return (
+            self.max_query_tokens + self.max_passage_tokens + sum(len(part) for part in self._pair_template)
+        )
+
+    def query_ids(self, queries: Sequence[str]) -> tuple[list[Ids], np.ndarray]:
+        """Query sides of pairs, special tokens included, and bool [N]: which queries were truncated."""
+        before, after, _ = self._pair_template
+        return self._encode(queries, self.max_query_tokens, before, after)
+
+    def passage_ids(self, passages: Sequence[str]) -> tuple[list[Ids], np.ndarray]:
+        """Passage sides of pairs, special tokens included, and bool [N]: which passages were truncated."""
+        return self._encode(passages, self.max_passage_tokens, _NO_IDS, self._pair_template[2])
+
+    def encode_pairs(self, queries: Sequence[str], passages: Sequence[str]) -> list[Encoded]:
+        """Encode the pairs (queries[i], passages[i]), each distinct text once; counts `truncation`."""
+        if len(queries) != len(passages):
+            raise ValueError(
+                f"{len(queries)} queries for {len(passages)} passages: pairs need as many of each"
+            )
+        query_sides, query_cut = self.query_ids(queries)
+        passage_sides, passage_cut = self.passage_ids(passages)
+        self.count_truncation(len(queries), int(query_cut.sum()), int(passage_cut.sum()))
+        return [join_pair(query, passage) for query, passage in zip(query_sides, passage_sides, strict=True)]
+
+    def encode_texts(self, texts: Sequence[str], max_tokens: int) -> list[Encoded]:
+        """Encode single texts to at most `max_tokens` ids, special tokens included; all on side 1."""
+        before, after, _ = self._text_template
+        room = max_tokens - len(before) - len(after)
+        if room < 1:
+            raise ValueError(f"max_tokens={max_tokens} leaves no room for text beside the special tokens")
+        encoded, _ = self._encode(texts, room, before, after)
+        return [Encoded(ids, np.full(len(ids), QUERY, np.int8)) for ids in encoded]
+
+    def pad(self, encodeds: Sequence[Encoded], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pad to (ids int32 [N, length], sides int8 [N, length]); ValueError when one is longer."""
+        ids = np.full((len(encodeds), length), self.pad_id, np.int32)
+        sides = np.zeros((len(encodeds), length), np.int8)
+        for row, encoded in enumerate(encodeds):
+            size = len(encoded.ids)
+            if size > length:
+                raise ValueError(f"a text of {size} tokens does not fit the padded length {length}")
+            ids[row, :size] = encoded.ids
+            sides[row, :size] = encoded.sides
+        return ids, sides
+
+    def count_truncation(self, pairs: int, queries: int, passages: int) -> None:
+        """Add to `truncation`: pairs seen, and how many of them had a truncated query or passage."""
+        seen = self.truncation
+        self.truncation = replace(
+            seen, pairs=seen.pairs + pairs, queries=seen.queries + queries, passages=seen.passages + passages
+        )
+
+    def save(self, directory: str | Path) -> None:
+        """Write the tokenizer files of a checkpoint directory.
+
+        tokenizer.json gives segment 0 to both texts of a pair, and tokenizer_config.json asks for no token
+        types, so that every program that loads the model feeds it what it was trained on.
+        """
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        document = json.loads(self._tokenizer.to_str())
+        document["post_processor"] = _segment_zero(document["post_processor"])
+        _write_json(target / "tokenizer.json", document)
+        settings: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "pad_token": self._tokenizer.id_to_token(self.pad_id),
+        }
+        settings |= self._settings
+        settings["model_input_names"] = ["input_ids", "attention_mask"]
+        settings["model_max_length"] = self.max_pair_length
+        _write_json(target / "tokenizer_config.json", settings)
+        for name in _COPIED_FILES:
+            source = self.directory / name
+            if source.is_file() and source.resolve() != (target / name).resolve():
+                shutil.copyfile(source, target / name)
+
+    def _encode(
+        self, texts: Sequence[str], limit: int, before: Ids, after: Ids
+    ) -> tuple[list[Ids], np.ndarray]:
+        """Ids of each text cut to `limit`, between `before` and `after`; bool [N] says which were cut."""
+        distinct = list(dict.fromkeys(texts))
+        encodings = self._tokenizer.encode_batch_fast(distinct, add_special_tokens=False)
+        known: dict[str, tuple[Ids, bool]] = {}
+        for text, encoding in zip(distinct, encodings, strict=True):
+            ids = encoding.ids
+            content = np.asarray(ids[:limit], np.int32)
+            known[text] = (np.concatenate((before, content, after)), len(ids) > limit)
+        return [known[text][0] for text in texts], np.asarray([known[text][1] for text in texts], bool)
+
+    def _find_pad_id(self) -> int:
+        named = self._settings.get("pad_token")
+        named = named.get("content") if isinstance(named, dict) else named
+        for token in (named, *_PAD_TOKENS):
+            pad_id = self._tokenizer.token_to_id(token) if token else None
+            if pad_id is not None:
+                return int(pad_id)
+        raise UserError(
+            f"{self.directory}: the tokenizer has no padding token; name one of its tokens as "
+            '"pad_token" in tokenizer_config.json'
+        )
+
+
+_NO_IDS: Ids = np.zeros(0, np.int32)
+
+
+def join_pair(query: Ids, passage: Ids) -> Encoded:
+    """One pair from its two sides, as `query_ids` and `passage_ids` give them."""
+    sides = np.full(len(query) + len(passage), PASSAGE, np.int8)
+    sides[: len(query)] = QUERY
+    return Encoded(np.concatenate((query, passage)), sides)
+
+
+def bucket_for(length: int, buckets: Sequence[int]) -> int:
+    """The smallest of `buckets` (any order) that holds `length` tokens. UserError when none does."""
+    fitting = [bucket for bucket in buckets if bucket >= length]
+    if not fitting:
+        raise UserError(
+            f"a pair of {length} tokens is longer than every length bucket {tuple(buckets)}: add one of at "
+            f"least {length} to data.length_buckets, or lower data.max_query_tokens or max_passage_tokens"
+        )
+    return min(fitting)
+
+
+def _read_settings(directory: Path) -> dict[str, Any]:
+    path = directory / "tokenizer_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path}: not valid JSON ({error}); copy the file again from where the model came"
+        ) from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(settings).__name__}")
+    return settings
+
+
+def _load_tokenizer(directory: Path, settings: dict[str, Any]) -> Tokenizer:
+    """tokenizer.json; else WordPiece from vocab.txt; else what transformers converts. No truncation."""
+    if not directory.is_dir():
+        raise UserError(
+            f"{directory}: no such directory; a tokenizer needs a folder with tokenizer.json or vocab.txt"
+        )
+    tokenizer: Tokenizer
+    if (directory / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer as FastTokenizer
+
+        tokenizer = _readable(directory / "tokenizer.json", lambda path: FastTokenizer.from_file(str(path)))
+    elif (directory / "vocab.txt").is_file():
+        tokenizer = _readable(directory / "vocab.txt", lambda path: _from_vocabulary(path, settings))
+    else:
+        tokenizer = _readable(directory, _through_transformers)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _readable(path: Path, load: Callable[[Path], Tokenizer]) -> Tokenizer:
+    try:
+        return load(path)
+    except Exception as error:  # the Rust library raises bare Exception, transformers raises many kinds
+        raise UserError(
+            f"{path}: cannot be read as a tokenizer ({error}); the folder needs a whole tokenizer.json or "
+            "vocab.txt: copy the files again from where the model came"
+        ) from error
+
+
+def _from_vocabulary(path: Path, settings: dict[str, Any]) -> Tokenizer:
+    from tokenizers import BertWordPieceTokenizer
+
+    lowercase = bool(settings.get("do_lower_case", True))
+    wordpiece: Tokenizer = BertWordPieceTokenizer(str(path), lowercase=lowercase)._tokenizer
+    return wordpiece
+
+
+def _through_transformers(directory: Path) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    backend: Tokenizer = AutoTokenizer.from_pretrained(
+        str(directory), local_files_only=True
+    ).backend_tokenizer
+    return backend
+
+
+def _template(tokenizer: Tokenizer, pair: bool) -> tuple[Ids, Ids, Ids]:
+    """Special ids before, between (or after a single text) and at the end, read off an encoded probe."""
+    probe = tokenizer.encode("a", "a") if pair else tokenizer.encode("a")
+    ids = np.asarray(probe.ids, np.int32)
+    owners = probe.sequence_ids
+    first = [i for i, owner in enumerate(owners) if owner == 0]
+    second = [i for i, owner in enumerate(owners) if owner == 1] or [len(owners)]
+    return ids[: first[0]], ids[first[-1] + 1 : second[0]], ids[second[-1] + 1 :]
+
+
+def _segment_zero(processor: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The same post-processor (as tokenizer.json writes it) with segment 0 for both texts of a pair."""
+    if processor is None:
+        return None
+    if processor["type"] == "Sequence":
+        return processor | {"processors": [_segment_zero(part) for part in processor["processors"]]}
+    if processor["type"] == "BertProcessing":
+        processor = _as_template(processor)
+    if processor["type"] != "TemplateProcessing":
+        return processor  # RobertaProcessing and ByteLevel give segment 0 already
+    pieces = [{kind: piece | {"type_id": 0} for kind, piece in item.items()} for item in processor["pair"]]
+    return processor | {"pair": pieces}
+
+
+def _as_template(processor: dict[str, Any]) -> dict[str, Any]:
+    """BertProcessing written as TemplateProcessing, which alone states its segments."""
+    (sep, sep_id), (cls, cls_id) = processor["sep"], processor["cls"]
+    opening, closing = ({"SpecialToken": {"id": token, "type_id": 0}} for token in (cls, sep))
+    query, passage = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    special = {
+        token: {"id": token, "ids": [number], "tokens": [token]}
+        for token, number in ((cls, cls_id), (sep, sep_id))
+    }
+    return {
+        "type": "TemplateProcessing",
+        "single": [opening, query, closing],
+        "pair": [opening, query, closing, passage, closing],
+        "special_tokens": special,
+    }
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    path.write_text(json.dumps(document, ensure_ascii=False, indent=2) + "\n", "utf-8")

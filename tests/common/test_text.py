@@ -1,0 +1,145 @@
+"""What a user may expect of the pair tokenizer."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from common.text import PASSAGE, QUERY, PairTokenizer, bucket_for
+
+WORDS = [
+    "how",
+    "to",
+    "read",
+    "a",
+    "file",
+    "open",
+    "the",
+    "path",
+    "and",
+    "close",
+    "list",
+    "sort",
+    "key",
+    "##s",
+]
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+CLS, SEP = VOCABULARY.index("[CLS]"), VOCABULARY.index("[SEP]")
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    """A BERT tokenizer directory with a small vocabulary."""
+    directory = tmp_path / "bert"
+    directory.mkdir()
+    (directory / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    return directory
+
+
+def roberta(directory: Path) -> Path:
+    """A RoBERTa-like directory: two separators between the texts, `<pad>` for padding."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    vocabulary = {token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    directory.mkdir()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def words(rng: random.Random, count: int) -> str:
+    return " ".join(rng.choice(WORDS[:-1]) for _ in range(count))
+
+
+def test_a_pair_is_laid_out_as_the_template_says(bert: Path) -> None:
+    pair = PairTokenizer(bert).encode_pairs(["read a file"], ["open the path"])[0]
+    expected = ["[CLS]", "read", "a", "file", "[SEP]", "open", "the", "path", "[SEP]"]
+    assert [VOCABULARY[i] for i in pair.ids] == expected
+    assert pair.sides.tolist() == [QUERY] * 5 + [PASSAGE] * 4
+    assert pair.ids.dtype == np.int32
+    assert pair.sides.dtype == np.int8
+
+
+def test_another_familys_template_is_followed(tmp_path: Path) -> None:
+    tokenizer = PairTokenizer(roberta(tmp_path / "roberta"))
+    pair = tokenizer.encode_pairs(["read file"], ["open"])[0]
+    assert pair.ids.tolist()[0] == 0
+    assert pair.ids.tolist()[3:5] == [2, 2]
+    assert pair.sides.tolist() == [1, 1, 1, 1, 1, 2, 2]
+    assert tokenizer.pad_id == 1
+
+
+def test_a_long_passage_costs_the_query_no_token_and_cuts_are_counted(bert: Path) -> None:
+    seed = random.randrange(10**6)
+    print("seed", seed)
+    rng = random.Random(seed)
+    tokenizer = PairTokenizer(bert, max_query_tokens=5, max_passage_tokens=8)
+    lengths = [(rng.randint(1, 9), rng.randint(1, 14)) for _ in range(40)]
+    pairs = tokenizer.encode_pairs([words(rng, q) for q, _ in lengths], [words(rng, p) for _, p in lengths])
+    for pair, (query, passage) in zip(pairs, lengths, strict=True):
+        assert (pair.sides == QUERY).sum() == min(query, 5) + 2
+        assert (pair.sides == PASSAGE).sum() == min(passage, 8) + 1
+        assert pair.ids[-1] == SEP
+        assert len(pair.ids) <= tokenizer.max_pair_length
+    assert tokenizer.truncation.pairs == 40
+    assert tokenizer.truncation.query_share == sum(q > 5 for q, _ in lengths) / 40
+    assert tokenizer.truncation.passage_share == sum(p > 8 for _, p in lengths) / 40
+
+
+def test_padding_is_side_zero_and_too_long_is_refused(bert: Path) -> None:
+    tokenizer = PairTokenizer(bert)
+    ids, sides = tokenizer.pad(tokenizer.encode_pairs(["a", "read a file"], ["file", "open"]), 12)
+    assert ids.shape == sides.shape == (2, 12)
+    assert sides[0].tolist() == [1, 1, 1, 2, 2] + [0] * 7
+    assert (ids[sides == 0] == tokenizer.pad_id).all()
+    with pytest.raises(ValueError, match="does not fit"):
+        tokenizer.pad(tokenizer.encode_pairs(["read a file"], ["open"]), 6)
+
+
+def test_single_texts_fit_the_limit_with_their_special_tokens(bert: Path) -> None:
+    short, long = PairTokenizer(bert).encode_texts(["read a file", "a " * 50], max_tokens=8)
+    assert [VOCABULARY[i] for i in short.ids] == ["[CLS]", "read", "a", "file", "[SEP]"]
+    assert len(long.ids) == 8 and long.ids[0] == CLS and long.ids[-1] == SEP
+
+
+def test_transformers_reads_a_saved_tokenizer_as_we_do(bert: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    tokenizer = PairTokenizer(bert, 10, 20)
+    saved = tmp_path / "saved"
+    tokenizer.save(saved)
+    ours = tokenizer.encode_pairs(["read a file"], ["open the path"])[0].ids.tolist()
+    theirs = AutoTokenizer.from_pretrained(str(saved))
+    encoded = theirs("read a file", "open the path")
+    assert encoded["input_ids"] == ours
+    assert "token_type_ids" not in encoded
+    assert (
+        theirs.model_max_length
+        == 33
+        == json.loads((saved / "tokenizer_config.json").read_text())["model_max_length"]
+    )
+    bare = Tokenizer.from_file(str(saved / "tokenizer.json")).encode("read a file", "open the path")
+    assert (bare.ids, set(bare.type_ids)) == (ours, {0})
+    assert PairTokenizer(saved).encode_pairs(["read a file"], ["open the path"])[0].ids.tolist() == ours
+
+
+def test_a_directory_without_a_readable_tokenizer_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such directory"):
+        PairTokenizer(tmp_path / "absent")
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "trunc')
+    with pytest.raises(UserError, match=r"tokenizer\.json: cannot be read"):
+        PairTokenizer(tmp_path)
+
+
+def test_the_smallest_bucket_that_holds_a_length() -> None:
+    assert [bucket_for(n, (64, 32, 128)) for n in (1, 32, 33, 128)] == [32, 32, 64, 128]
+    with pytest.raises(UserError, match="length_buckets"):
+        bucket_for(129, (32, 64, 128))
