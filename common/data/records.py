@@ -1,0 +1,222 @@
+"""Ranking data in memory, its checks, and the JSON triples format."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from common.errors import UserError, listed
+
+Run = dict[str, dict[str, float]]  # query id -> passage id -> score, higher first
+Qrels = dict[str, dict[str, int]]  # query id -> passage id -> grade, grade > 0 is relevant
+OnBadRow = Literal["error", "skip"]
+
+
+@dataclass(frozen=True)
+class RankingData:
+    """A corpus, queries and one set of judgements per split. All splits search the whole corpus."""
+
+    name: str
+    corpus: dict[str, str]  # passage id -> text
+    queries: dict[str, str]  # query id -> text, all splits
+    qrels: dict[str, Qrels]  # split -> judgements
+    negatives: dict[str, tuple[str, ...]] = field(default_factory=dict)  # query id -> given negatives
+    dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows left out
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of the SHA-256 of all content; the order of rows and the name do not count."""
+        digest = hashlib.sha256()
+        for part in (self.corpus, self.queries, self.qrels, self.negatives):
+            digest.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode())
+        return digest.hexdigest()[:16]
+
+    def split(self, name: str) -> Qrels:
+        """Judgements of one split. Raises UserError when there is none of this name."""
+        if name not in self.qrels:
+            raise UserError(
+                f"{self.name}: no split {name!r}; it has {', '.join(sorted(self.qrels)) or 'none'}. "
+                "Name one of these in the data settings."
+            )
+        return self.qrels[name]
+
+    def validate(self) -> RankingData:
+        """Return self if every id resolves, no text is empty and each split has a positive; else UserError."""
+        problems = []
+        for what, texts in (("passage", self.corpus), ("query", self.queries)):
+            problems += [
+                f"{what} {key!r}: the text is empty" for key, text in texts.items() if not text.strip()
+            ]
+        for split, qrels in self.qrels.items():
+            problems += self._unknown_ids(split, qrels)
+            if not any(grade > 0 for grades in qrels.values() for grade in grades.values()):
+                problems.append(f"split {split!r}: no query has a passage with a grade above 0")
+        for query, passages in self.negatives.items():
+            problems += [
+                f"negatives of {query!r}: unknown passage {p!r}" for p in passages if p not in self.corpus
+            ]
+        if problems:
+            raise UserError(
+                f"{self.name}: {len(problems)} problem(s):\n{listed(problems)}\n"
+                "Mend the files, or leave the rows out with on_bad_row=skip."
+            )
+        return self
+
+    def _unknown_ids(self, split: str, qrels: Qrels) -> Iterator[str]:
+        for query, grades in qrels.items():
+            if query not in self.queries:
+                yield f"qrels {split!r}: unknown query {query!r}"
+            for passage in grades:
+                if passage not in self.corpus:
+                    yield f"qrels {split!r}, query {query!r}: unknown document {passage!r}"
+
+
+class BadRows:
+    """Collects `file:line: what`; raises them all at the end, or counts and skips them."""
+
+    def __init__(self, on_bad_row: OnBadRow) -> None:
+        if on_bad_row not in ("error", "skip"):
+            raise UserError(f"on_bad_row is {on_bad_row!r}; allowed: 'error', 'skip'.")
+        self.skip = on_bad_row == "skip"
+        self.problems: list[str] = []
+        self.dropped: Counter[str] = Counter()
+
+    def add(self, where: str, what: str, reason: str) -> None:
+        """Note one bad row; `reason` is the class of fault it is counted under."""
+        self.dropped[reason] += 1
+        self.problems.append(f"{where}: {what}")
+
+    def raise_if_any(self) -> None:
+        """Raise one UserError with the first 20 rows, unless rows are to be skipped."""
+        if self.problems and not self.skip:
+            raise UserError(
+                f"{len(self.problems)} bad row(s):\n{listed(self.problems)}\n"
+                "Mend them, or leave them out with on_bad_row=skip."
+            )
+
+
+@dataclass(frozen=True)
+class Triple:
+    """One training row: a query, its positives with grades, and negatives (texts, not ids)."""
+
+    query: str
+    positives: tuple[str, ...]
+    negatives: tuple[str, ...]
+    grades: tuple[int, ...]
+
+
+def stable_id(prefix: str, text: str) -> str:
+    """An id that depends on the text alone, so that it never moves when rows are added."""
+    return f"{prefix}{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def json_rows(path: Path, bad: BadRows) -> Iterator[tuple[str, Any]]:
+    """Yield ("file:line", value) from JSONL or from one JSON array (whose row number stands for the line)."""
+    from common.data.sources import read_text
+
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{error.lineno}: not a JSON array: {error.msg}.") from None
+        yield from ((f"{path}:row {number}", row) for number, row in enumerate(rows, 1))
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"{path}:{number}", json.loads(line)
+        except json.JSONDecodeError as error:
+            bad.add(f"{path}:{number}", f"not JSON: {error.msg}", "not JSON")
+
+
+def parse_triples(path: str | Path, on_bad_row: OnBadRow = "error") -> tuple[list[Triple], dict[str, int]]:
+    """Rows `{"query", "positive", "negative"?, "scores"?}` of JSONL or a JSON array, and the dropped counts.
+
+    Raises UserError with every bad row as `file:line: what` (20 shown).
+    """
+    bad = BadRows(on_bad_row)
+    triples = []
+    for where, row in json_rows(Path(path), bad):
+        try:
+            triples.append(parse_triple(row))
+        except ValueError as error:
+            bad.add(where, str(error), "bad triple")
+    bad.raise_if_any()
+    if not triples:
+        raise UserError(f'{path}: no usable row. Expected {{"query": ..., "positive": ...}} on each line.')
+    return triples, dict(bad.dropped)
+
+
+def parse_triple(row: Any) -> Triple:
+    """One row as a Triple. Raises ValueError saying what is wrong with it."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"expected an object, found {type(row).__name__}")
+    unknown = set(row) - {"query", "positive", "negative", "scores"}
+    if unknown:
+        raise ValueError(f"unknown field {sorted(unknown)[0]!r}; allowed: query, positive, negative, scores")
+    query = row.get("query")
+    if not isinstance(query, str) or not query.strip():
+        raise ValueError("'query' must be a text that is not empty")
+    positives = _texts_of(row, "positive")
+    if not positives:
+        raise ValueError("'positive' has no passage")
+    negatives = _texts_of(row, "negative")
+    both = set(positives) & set(negatives)
+    if both:
+        raise ValueError(f"passage {sorted(both)[0][:40]!r} is both positive and negative")
+    return Triple(query.strip(), positives, negatives, _grades_of(row, len(positives)))
+
+
+def _texts_of(row: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    value = row.get(key)
+    values = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(values, list | tuple) or not all(isinstance(text, str) for text in values):
+        raise ValueError(f"{key!r} must be a text or a list of texts")
+    if not all(text.strip() for text in values):
+        raise ValueError(f"{key!r} holds an empty passage")
+    return tuple(dict.fromkeys(text.strip() for text in values))
+
+
+def _grades_of(row: Mapping[str, Any], count: int) -> tuple[int, ...]:
+    """`scores`: one integer grade above 0 for each positive; 1 without it."""
+    scores = row.get("scores")
+    if scores is None:
+        return (1,) * count
+    scores = scores if isinstance(scores, list | tuple) else [scores]
+    if len(scores) != count or not all(type(s) in (int, float) and s == int(s) and s > 0 for s in scores):
+        raise ValueError(f"'scores' must be {count} whole number(s) above 0, one for each distinct positive")
+    return tuple(int(s) for s in scores)
+
+
+def triples_data(name: str, rows: tuple[list[Triple], dict[str, int]]) -> RankingData:
+    """Ranking data whose corpus is every passage of the triples, all in split "train"."""
+    triples, dropped = rows
+    corpus: dict[str, str] = {}
+    queries: dict[str, str] = {}
+    qrels: Qrels = {}
+    negatives: dict[str, dict[str, None]] = {}
+    for triple in triples:
+        query = _keep(queries, "q", triple.query)
+        grades = qrels.setdefault(query, {})
+        for passage, grade in zip(triple.positives, triple.grades, strict=True):
+            key = _keep(corpus, "p", passage)
+            grades[key] = max(grade, grades.get(key, 0))
+        negatives.setdefault(query, {}).update({_keep(corpus, "p", text): None for text in triple.negatives})
+    given = {q: tuple(p for p in found if p not in qrels[q]) for q, found in negatives.items()}
+    return RankingData(
+        name, corpus, queries, {"train": qrels}, {q: found for q, found in given.items() if found}, dropped
+    )
+
+
+def _keep(texts: dict[str, str], prefix: str, text: str) -> str:
+    key = stable_id(prefix, text)
+    texts[key] = text
+    return key

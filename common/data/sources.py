@@ -1,0 +1,284 @@
+"""Ranking data by name or path: pydocs, JSON triples, BEIR and TREC folders, hub datasets; TREC run files."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from common.data.records import (
+    BadRows,
+    OnBadRow,
+    Qrels,
+    RankingData,
+    Run,
+    json_rows,
+    parse_triples,
+    triples_data,
+)
+from common.errors import UserError
+
+SPLIT_NAMES = {"qrels": "test", "valid": "dev", "validation": "dev", "val": "dev", "development": "dev"}
+
+
+def load_ranking_data(
+    name: str,
+    *,
+    on_bad_row: OnBadRow = "error",
+    dev_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    seed: int = 0,
+    cache_dir: str | Path | None = None,
+) -> RankingData:
+    """Ranking data named "pydocs", at a path (.jsonl or .json triples, BEIR or TREC folder), or on the hub.
+
+    Splits that are not published are cut from train by a hash of the query id and `seed`: `dev_fraction`, and
+    `test_fraction` when train is the only split (each in [0, 1)). Raises UserError naming what was tried, or
+    each bad row.
+    """
+    for option, value in (("dev_fraction", dev_fraction), ("test_fraction", test_fraction)):
+        if not 0 <= value < 1:
+            raise UserError(f"{option} is {value}; allowed: 0 <= {option} < 1.")
+    path = Path(name).expanduser()
+    if name == "pydocs":
+        from common.data.pydocs import build_pydocs
+
+        return build_pydocs()
+    if path.is_dir():
+        data = _load_folder(path, BadRows(on_bad_row))
+    elif path.is_file():
+        data = triples_data(path.stem, parse_triples(path, on_bad_row))
+    elif path.suffix in (".jsonl", ".json", ".gz") or name.startswith((".", "/", "~")):
+        raise UserError(
+            f"no file or folder {path}. Give an existing path, 'pydocs', or a hub dataset's name."
+        )
+    else:
+        data = _load_hub(name, on_bad_row, cache_dir)
+    return cut_splits(data, dev_fraction, test_fraction, seed).validate()
+
+
+def cut_splits(data: RankingData, dev_fraction: float, test_fraction: float, seed: int) -> RankingData:
+    """Cut the splits that `data` lacks from its train split; a query's split never moves.
+
+    A test split is cut only when the data has no split but train.
+    """
+    fractions = {"dev": dev_fraction} if "dev" not in data.qrels else {}
+    if set(data.qrels) == {"train"}:
+        fractions["test"] = test_fraction
+    if "train" not in data.qrels or not fractions:
+        return data
+    parts: dict[str, Qrels] = {split: {} for split in ("train", *fractions)}
+    for query, grades in data.qrels["train"].items():
+        parts[_part(query, fractions, seed)][query] = grades
+    empty = [split for split, share in fractions.items() if share > 0 and not parts[split]]
+    if empty or not parts["train"]:
+        raise UserError(
+            f"{data.name}: {len(data.qrels['train'])} training queries are too few to cut "
+            f"{', '.join(fractions)} from. Give more rows, judgements for these splits, or a larger fraction."
+        )
+    return replace(data, qrels={**data.qrels, **{s: q for s, q in parts.items() if q}})
+
+
+def _part(query: str, fractions: Mapping[str, float], seed: int) -> str:
+    position = int(hashlib.sha256(f"{seed}:{query}".encode()).hexdigest()[:8], 16) / 2**32
+    for split, share in fractions.items():
+        if position < share:
+            return split
+        position -= share
+    return "train"
+
+
+# --- BEIR and TREC folders ---
+
+
+def _load_folder(folder: Path, bad: BadRows) -> RankingData:
+    corpus_file, queries_file = _one_of(folder, "corpus"), _one_of(folder, "queries")
+    qrels_files = _qrels_files(folder)
+    missing = [
+        what
+        for what, found in (
+            ("corpus.jsonl[.gz]", corpus_file),
+            ("queries.jsonl[.gz]", queries_file),
+            ("qrels/<split>.tsv or <split>.qrels", qrels_files),
+        )
+        if not found
+    ]
+    if missing or corpus_file is None or queries_file is None:
+        raise UserError(
+            f"{folder}: not a BEIR or TREC folder, it lacks {', '.join(missing)}. "
+            "Expected corpus.jsonl, queries.jsonl and qrels/<split>.tsv (or <split>.qrels, qrels.txt)."
+        )
+    corpus = _texts(corpus_file, bad, "passage")
+    queries = _texts(queries_file, bad, "query")
+    qrels = {split: _judgements(path, bad) for split, path in qrels_files.items()}
+    if bad.skip:
+        qrels = {split: _known(part, corpus, queries, bad) for split, part in qrels.items()}
+    bad.raise_if_any()
+    return RankingData(folder.name, corpus, queries, qrels, dropped=dict(bad.dropped))
+
+
+def _one_of(folder: Path, stem: str) -> Path | None:
+    found = [folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz"]
+    return next((path for path in found if path.is_file()), None)
+
+
+def _qrels_files(folder: Path) -> dict[str, Path]:
+    """Split name -> file. A bare qrels.txt is `test`: nothing was set aside to train on."""
+    files = sorted((folder / "qrels").glob("*.tsv")) or [
+        path for pattern in ("*.qrels", "qrels.txt", "qrels.*.txt") for path in sorted(folder.glob(pattern))
+    ]
+    found: dict[str, Path] = {}
+    for path in files:
+        split = path.name.removeprefix("qrels.").split(".")[0]
+        found[SPLIT_NAMES.get(split, split)] = path
+    return found
+
+
+def _texts(path: Path, bad: BadRows, what: str) -> dict[str, str]:
+    """Id -> text of a BEIR file; the title comes first, joined by one space."""
+    found: dict[str, str] = {}
+    for where, row in json_rows(path, bad):
+        fields = row if isinstance(row, dict) else {}
+        identity, text, title = (
+            fields.get("_id", fields.get("id")),
+            fields.get("text"),
+            fields.get("title", ""),
+        )
+        if not (isinstance(identity, str | int) and isinstance(text, str) and isinstance(title, str | None)):
+            bad.add(where, 'expected an object {"_id", "text", "title"?} of strings', "not a text row")
+            continue
+        joined = " ".join(part.strip() for part in (title or "", text) if part.strip())
+        if not joined:
+            bad.add(where, f"{what} {identity!r} is empty", f"empty {what}")
+        elif str(identity) in found:
+            bad.add(where, f"{what} {identity!r} appears twice", f"repeated {what}")
+        else:
+            found[str(identity)] = joined
+    return found
+
+
+def _known(qrels: Qrels, corpus: Mapping[str, str], queries: Mapping[str, str], bad: BadRows) -> Qrels:
+    """Judgements of known queries and passages; the others are counted."""
+    kept: Qrels = {}
+    for query, grades in qrels.items():
+        known = {p: g for p, g in grades.items() if p in corpus and query in queries}
+        if len(known) < len(grades):
+            bad.dropped["judgement of an unknown id"] += len(grades) - len(known)
+        if known:
+            kept[query] = known
+    return kept
+
+
+# --- judgements and runs ---
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 text file, gzip-compressed if its name ends in .gz. Raises UserError if it cannot be read."""
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"no file {path}.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; convert the file to UTF-8.") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read: {error}.") from None
+
+
+def read_tsv_qrels(path: str | Path) -> Qrels:
+    """BEIR judgements `query-id<TAB>corpus-id<TAB>score`, with or without the header. Errors as file:line."""
+    return _read_qrels(Path(path), _tsv_judgement)
+
+
+def read_trec_qrels(path: str | Path) -> Qrels:
+    """TREC judgements `query iteration passage grade`; negative grades become 0. Errors as file:line."""
+    return _read_qrels(Path(path), _trec_judgement)
+
+
+def _read_qrels(path: Path, parse: Callable[[str], tuple[str, str, int]]) -> Qrels:
+    bad = BadRows("error")
+    qrels = _collect_qrels(path, parse, bad)
+    bad.raise_if_any()
+    return qrels
+
+
+def _judgements(path: Path, bad: BadRows) -> Qrels:
+    return _collect_qrels(path, _tsv_judgement if path.suffix == ".tsv" else _trec_judgement, bad)
+
+
+def _collect_qrels(path: Path, parse: Callable[[str], tuple[str, str, int]], bad: BadRows) -> Qrels:
+    qrels: Qrels = {}
+    for number, line in _lines(path):
+        if number == 1 and line.split("\t")[0].strip().lower() in ("query-id", "query_id", "qid"):
+            continue
+        try:
+            query, passage, grade = parse(line)
+        except ValueError as error:
+            bad.add(f"{path}:{number}", str(error), "not a judgement")
+            continue
+        qrels.setdefault(query, {})[passage] = max(grade, 0)
+    return qrels
+
+
+def _tsv_judgement(line: str) -> tuple[str, str, int]:
+    fields = line.rstrip("\r").split("\t")
+    if len(fields) != 3:
+        raise ValueError(f"{len(fields)} tab-separated fields, expected 3: query-id, corpus-id, score")
+    return fields[0], fields[1], _grade(fields[2])
+
+
+def _trec_judgement(line: str) -> tuple[str, str, int]:
+    fields = line.split()
+    if len(fields) != 4:
+        raise ValueError(f"{len(fields)} fields, expected 4: query, iteration, passage, grade")
+    return fields[0], fields[2], _grade(fields[3])
+
+
+def _grade(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"the grade {text.strip()!r} is not an integer") from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            yield number, line
+
+
+def read_trec_run(path: str | Path) -> Run:
+    """A TREC run, `query Q0 passage rank score tag`, as scores by query and passage. Errors as file:line."""
+    path, run, bad = Path(path), Run(), BadRows("error")
+    for number, line in _lines(path):
+        fields = line.split()
+        try:
+            query, _, passage, _, score, _ = fields
+            run.setdefault(query, {})[passage] = float(score)
+        except ValueError:
+            what = f"expected `query Q0 passage rank score tag` with a number as score, found {line!r}"
+            bad.add(f"{path}:{number}", what, "not a run line")
+    bad.raise_if_any()
+    return run
+
+
+def write_trec_run(run: Run, path: str | Path, tag: str) -> None:
+    """Write a run in TREC form, best first, ties by passage id; gzip-compressed when the name ends in .gz."""
+    lines = []
+    for query, scores in run.items():
+        ordered = sorted(scores, key=lambda passage: (-scores[passage], passage))
+        for rank, passage in enumerate(ordered, 1):
+            lines.append(f"{query} Q0 {passage} {rank} {float(scores[passage])!r} {tag}\n")
+    raw = "".join(lines).encode()
+    Path(path).write_bytes(gzip.compress(raw, mtime=0) if Path(path).suffix == ".gz" else raw)
+
+
+# --- hub ---
+
+
+def _load_hub(name: str, on_bad_row: OnBadRow, cache_dir: str | Path | None) -> RankingData:
+    raise UserError(f"{name}: not found")
