@@ -1,0 +1,139 @@
+"""Confidence that the top passage is relevant: logistic regression, then isotonic; its calibration and AUROC."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+FEATURES = ("entropy", "margin", "resonance")
+
+
+def confidence_features(scores: ArrayLike, resonance: ArrayLike, temperature: float = 1.0) -> Array:
+    """[3] for one query's candidates [L]: normalised entropy of p = softmax(s/temperature) in [0, 1], margin of
+    the two highest p in [0, 1], resonance of the top candidate in [-1, 1]. One candidate: (0, 1, r)."""
+    values = np.asarray(scores, np.float64) / temperature
+    if values.size == 0:
+        raise ValueError("a query without candidates has no confidence")
+    top = float(np.asarray(resonance, np.float64)[int(np.argmax(values))])
+    if values.size == 1:
+        return np.array([0.0, 1.0, top])
+    p = np.exp(values - values.max())
+    p /= p.sum()
+    entropy = -float(np.sum(p * np.log(np.maximum(p, 1e-300)))) / np.log(values.size)
+    second, first = np.partition(p, -2)[-2:]
+    return np.array([entropy, first - second, top])
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """A fitted map from features [N, F] to a probability; plain numbers, so that it can be stored as JSON."""
+
+    centre: tuple[float, ...]
+    scale: tuple[float, ...]
+    weights: tuple[float, ...]
+    bias: float
+    logits: tuple[float, ...]  # knots of the isotonic step, rising
+    levels: tuple[float, ...]  # its values at the knots, in [0, 1]
+
+    @classmethod
+    def fit(cls, features: ArrayLike, correct: ArrayLike, ridge: float = 1.0) -> Confidence:
+        """Fit on features [N, F] and events [N] (1: the top passage is relevant). `ridge` >= 0 holds the weights
+        of the standardised features finite. Raises ValueError without both kinds of event."""
+        x, y = np.asarray(features, np.float64), np.asarray(correct, np.float64)
+        if x.ndim != 2 or y.shape != x.shape[:1]:
+            raise ValueError(f"features [N, F] and events [N] do not fit: {x.shape} and {y.shape}")
+        if y.size == 0 or y.min() == y.max():
+            raise ValueError("confidence needs queries whose top passage is relevant and others whose is not")
+        centre, scale = x.mean(axis=0), x.std(axis=0)
+        scale[scale < 1e-12] = 1.0
+        weights, bias = _logistic((x - centre) / scale, y, ridge)
+        logits, levels = _isotonic((x - centre) / scale @ weights + bias, y)
+        numbers = [tuple(map(float, column)) for column in (centre, scale, weights, logits, levels)]
+        return cls(numbers[0], numbers[1], numbers[2], bias, numbers[3], numbers[4])
+
+    def predict(self, features: ArrayLike) -> Array:
+        """Probability [N] in [0, 1] for features [N, F]; between the knots it is interpolated."""
+        x = (np.asarray(features, np.float64) - np.array(self.centre)) / np.array(self.scale)
+        return np.interp(x @ np.array(self.weights) + self.bias, self.logits, self.levels)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Confidence:
+        return cls(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
+        )
+
+
+def expected_calibration_error(probability: ArrayLike, correct: ArrayLike, bins: int = 15) -> float:
+    """Mean |confidence - accuracy| in [0, 1] over `bins` bins that hold equally many queries."""
+    p, y = np.asarray(probability, np.float64), np.asarray(correct, np.float64)
+    if p.size == 0:
+        raise ValueError("no queries to calibrate on")
+    order = np.argsort(p, kind="stable")
+    parts = [part for part in np.array_split(order, bins) if part.size]
+    return float(sum(abs(p[part].sum() - y[part].sum()) for part in parts) / p.size)
+
+
+def auroc(score: ArrayLike, correct: ArrayLike) -> float:
+    """Chance in [0, 1] that a correct case scores above another one, ties count half; NaN without both kinds."""
+    from scipy.stats import rankdata
+
+    s, y = np.asarray(score, np.float64), np.asarray(correct, bool)
+    positives, others = int(y.sum()), int((~y).sum())
+    if positives == 0 or others == 0:
+        return float("nan")
+    return float((rankdata(s)[y].sum() - positives * (positives + 1) / 2) / (positives * others))
+
+
+def confidence_report(
+    confidence: Confidence, features: ArrayLike, correct: ArrayLike, names: Sequence[str] = FEATURES
+) -> dict[str, float]:
+    """ECE and AUROC of the confidence on held-out queries, and the AUROC of each feature alone (whichever way
+    it points)."""
+    x, probability = np.asarray(features, np.float64), confidence.predict(features)
+    report = {
+        "queries": float(len(x)),
+        "ece": expected_calibration_error(probability, correct),
+        "auroc": auroc(probability, correct),
+    }
+    for column, name in enumerate(names):
+        alone = auroc(x[:, column], correct)
+        report[f"auroc_{name}"] = max(alone, 1.0 - alone)
+    return report
+
+
+def _logistic(x: Array, y: Array, ridge: float) -> tuple[Array, float]:
+    """Minimise sum log(1 + e^z) - y z + ridge/2 |w|^2, z = x w + b."""
+    from scipy.optimize import minimize
+
+    design = np.concatenate([x, np.ones((len(x), 1))], axis=1)
+    penalty = np.full(design.shape[1], ridge)
+    penalty[-1] = 0.0
+
+    def loss(w: Array) -> tuple[float, Array]:
+        z = design @ w
+        value = float(np.sum(np.logaddexp(0.0, z) - y * z) + 0.5 * np.sum(penalty * w * w))
+        return value, design.T @ (0.5 * (1.0 + np.tanh(0.5 * z)) - y) + penalty * w
+
+    solution = minimize(loss, np.zeros(design.shape[1]), jac=True, method="L-BFGS-B").x
+    return solution[:-1], float(solution[-1])
+
+
+def _isotonic(x: Array, y: Array) -> tuple[Array, Array]:
+    """Rising least-squares fit of y on x; equal x share one knot, and only the ends of flat parts are kept."""
+    from scipy.optimize import isotonic_regression
+
+    knots, place = np.unique(x, return_inverse=True)
+    weight = np.bincount(place).astype(np.float64)
+    fitted = isotonic_regression(np.bincount(place, weights=y) / weight, weights=weight).x
+    keep = np.ones(len(knots), bool)
+    keep[1:-1] = (fitted[1:-1] != fitted[:-2]) | (fitted[1:-1] != fitted[2:])
+    return knots[keep], np.clip(fitted[keep], 0.0, 1.0)
