@@ -1,0 +1,47 @@
+"""What every test may ask for: a printed seed, the local collections; JAX runs on the CPU, the hub is off."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# before anything imports jax or huggingface_hub; set them yourself to run the gpu and network tests
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip, with the reason, what this machine cannot run."""
+    if item.get_closest_marker("network") and os.environ["HF_HUB_OFFLINE"] == "1":
+        pytest.skip("needs the network: set HF_HUB_OFFLINE=0")
+    if item.get_closest_marker("apple") and sys.platform != "darwin":
+        pytest.skip("needs Apple Silicon")
+    if item.get_closest_marker("gpu"):
+        import jax
+
+        if jax.default_backend() != "gpu":
+            pytest.skip("needs a CUDA device: install the extra `cuda` and set JAX_PLATFORMS=cuda")
+
+
+@pytest.fixture
+def seed() -> int:
+    """A fresh seed, shown when the test fails; RESONANCE_TEST_SEED=<seed> repeats it."""
+    value = int(os.environ.get("RESONANCE_TEST_SEED") or secrets.randbits(32))
+    print(f"RESONANCE_TEST_SEED={value}")
+    return value
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of local collections: $RESONANCE_DATA, or ../shared/data beside the clone."""
+    given = os.environ.get("RESONANCE_DATA")
+    folder = Path(given) if given else ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no collections at {folder}: set RESONANCE_DATA to a folder that has them")
+    return folder
