@@ -1,0 +1,316 @@
+"""Every setting, once: frozen dataclasses with units and ranges, read from a recipe and overridden by flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from common.errors import UserError
+
+Start = Literal["auto", "sentence_encoder", "cross_encoder", "masked_lm"]
+Mode = Literal["superposition", "resonance", "entanglement"]
+PhaseName = Literal["superposition", "collapse", "resonance", "auto"]
+Objective = Literal["quantum", "listwise", "bce"]
+FirstStage = Literal["bm25", "dense", "rrf"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021); merged into the weights when a checkpoint is saved."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    """The update is scaled by alpha / rank."""
+    targets: tuple[str, ...] = ("query", "key", "value", "dense")
+    """Names of the linear layers of the encoder that get an adapter."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    base: str = "default"
+    """Model name or directory; `default` is the packaged all-MiniLM-L6-v2."""
+    start: Start = "auto"
+    """How the head begins; `auto` reads it off the checkpoint (DESIGN section 3)."""
+    projector: Literal["cartesian", "polar"] = "cartesian"
+    complex_width: int | None = None
+    """Complex amplitudes C; the encoder's width when absent."""
+    passage_segment: Literal[0, 1] = 0
+    """Segment id of the passage; 0 is the retriever's own habit and the portable form."""
+    use_lora: bool = False
+    lora: LoraConfig = LoraConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    name: str = "pydocs"
+    """`pydocs`, a .jsonl/.json file of triples, a BEIR or TREC folder, or a hub dataset."""
+    train_split: str = "train"
+    dev_split: str = "dev"
+    test_split: str = "test"
+    max_samples: int | None = None
+    """At most this many training queries, drawn with `train.seed`; all when absent."""
+    list_size: int = 6
+    """Candidates in a training list, positives included."""
+    max_positives: int = 1
+    """Positives in a training list, drawn anew each epoch."""
+    negatives: Literal["bm25", "dense", "rrf", "given", "random"] = "rrf"
+    """Where negatives are drawn from: the top of a first stage, the triples' own, or anywhere."""
+    negative_pool: int = 30
+    """Hardest negatives kept for a query; a list draws from them anew each epoch."""
+    max_query_tokens: int = 64
+    max_passage_tokens: int = 192
+    length_buckets: tuple[int, ...] = (32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512)
+    """The padded lengths in use, in tokens; each is compiled once."""
+    related_threshold: float = 0.5
+    """Two queries with a cosine below this are unrelated."""
+    on_bad_row: Literal["error", "skip"] = "error"
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantumConfig:
+    mode: Mode = "superposition"
+    phase: PhaseName = "auto"
+    resonance_threshold: float = 0.7
+    """Fidelity above which a pair counts as relevant, in [0, 1]."""
+    resonance_weight: float = 0.3
+    resonance_sharpness: float = 10.0
+    """Where the trained slope of the resonance term begins."""
+    entanglement_weight: float = 0.3
+    entanglement_margin: float = 0.3
+    """Overlap that unrelated queries may keep, in [-1, 1]."""
+    temperature_start: float = 2.0
+    temperature_end: float = 1.0
+    entropy_bonus: float = 0.1
+    portable_weight: float = 1.0
+    """Weight of the portable score's distillation from the full one; 0 turns it off."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    objective: Objective = "quantum"
+    epochs: float = 1.0
+    max_steps: int | None = None
+    """Stops earlier than `epochs`, or goes on past them when `epochs` is 0."""
+    batch_size: int = 8
+    """Lists in an optimizer step, over all devices and micro-batches."""
+    micro_batches: int = 1
+    """Parts a step is accumulated from; lowers memory, keeps the result."""
+    learning_rate: float = 5e-5
+    warmup: float = 0.1
+    """Share of the steps with a rising rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: float = 0.01
+    """On weights only: never on biases and norms."""
+    max_grad_norm: float = 1.0
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.0
+    """Off by default: it costs a fifth of a step on CPU."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the computation; `auto` is bfloat16 on GPU and float32 elsewhere. Parameters stay float32."""
+    seed: int = 0
+    evaluations: int = 3
+    """How often dev is scored during training, evenly spaced, the end included."""
+    patience: int | None = None
+    """Evaluations without a better dev metric before training stops early; never when absent."""
+    checkpoint_every: int = 50
+    """Steps between states that an interrupted run resumes from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    first_stage: FirstStage = "rrf"
+    """Whose candidates are reranked, and whose scores are fused in."""
+    depth: int = 50
+    """Candidates reranked for a query."""
+    dev_queries: int | None = None
+    """At most this many dev queries are scored during training."""
+    dev_depth: int = 20
+    metric: str = "nDCG@10"
+    """Chooses the best checkpoint and the fusion weight; an ir-measures name."""
+    fusion_grid: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
+    """Weights of the first stage tried on dev; contains 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RerankerConfig:
+    """A recipe for a reranker: `python scripts/train.py --config configs/quantum_resonance.py`."""
+
+    name: str = "quantum_resonance"
+    """The run's folder below `runs/`."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    quantum: QuantumConfig = QuantumConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvalConfig = EvalConfig()
+
+    def validate(self) -> RerankerConfig:
+        """Return self, or raise a UserError that lists every field out of range."""
+        q, d, t, e = self.quantum, self.data, self.train, self.evaluation
+        checks = [
+            ("quantum.resonance_threshold", q.resonance_threshold, 0 <= q.resonance_threshold <= 1, "[0, 1]"),
+            ("quantum.resonance_weight", q.resonance_weight, q.resonance_weight >= 0, ">= 0"),
+            ("quantum.resonance_sharpness", q.resonance_sharpness, q.resonance_sharpness > 0, "> 0"),
+            ("quantum.entanglement_weight", q.entanglement_weight, q.entanglement_weight >= 0, ">= 0"),
+            ("quantum.entanglement_margin", q.entanglement_margin, abs(q.entanglement_margin) <= 1, "[-1, 1]"),
+            ("quantum.temperature_start", q.temperature_start, q.temperature_start > 0, "> 0"),
+            ("quantum.temperature_end", q.temperature_end, q.temperature_end > 0, "> 0"),
+            ("quantum.entropy_bonus", q.entropy_bonus, q.entropy_bonus >= 0, ">= 0"),
+            ("quantum.portable_weight", q.portable_weight, q.portable_weight >= 0, ">= 0"),
+            ("data.max_samples", d.max_samples, d.max_samples is None or d.max_samples > 0, ">= 1"),
+            ("data.list_size", d.list_size, d.list_size >= 2, ">= 2"),
+            ("data.max_positives", d.max_positives, 1 <= d.max_positives < d.list_size, "[1, list_size - 1]"),
+            ("data.negative_pool", d.negative_pool, d.negative_pool >= 1, ">= 1"),
+            ("data.max_query_tokens", d.max_query_tokens, d.max_query_tokens >= 1, ">= 1"),
+            ("data.max_passage_tokens", d.max_passage_tokens, d.max_passage_tokens >= 1, ">= 1"),
+            ("data.length_buckets", d.length_buckets, _increasing(d.length_buckets), "increasing, >= 8"),
+            ("data.related_threshold", d.related_threshold, 0 <= d.related_threshold <= 1, "[0, 1]"),
+            ("train.epochs", t.epochs, t.epochs >= 0 and (t.epochs > 0 or t.max_steps), "> 0, or max_steps"),
+            ("train.max_steps", t.max_steps, t.max_steps is None or t.max_steps > 0, ">= 1"),
+            ("train.batch_size", t.batch_size, t.batch_size >= 1, ">= 1"),
+            (
+                "train.micro_batches",
+                t.micro_batches,
+                t.micro_batches >= 1 and t.batch_size % t.micro_batches == 0,
+                "a divisor of batch_size",
+            ),
+            ("train.learning_rate", t.learning_rate, 0 < t.learning_rate < 1, "(0, 1)"),
+            ("train.warmup", t.warmup, 0 <= t.warmup < 1, "[0, 1)"),
+            ("train.weight_decay", t.weight_decay, t.weight_decay >= 0, ">= 0"),
+            ("train.max_grad_norm", t.max_grad_norm, t.max_grad_norm > 0, "> 0"),
+            ("train.hidden_dropout", t.hidden_dropout, 0 <= t.hidden_dropout < 1, "[0, 1)"),
+            ("train.attention_dropout", t.attention_dropout, 0 <= t.attention_dropout < 1, "[0, 1)"),
+            ("train.seed", t.seed, 0 <= t.seed < 2**31, "[0, 2^31)"),
+            ("train.evaluations", t.evaluations, t.evaluations >= 1, ">= 1"),
+            ("train.patience", t.patience, t.patience is None or t.patience >= 1, ">= 1"),
+            ("train.checkpoint_every", t.checkpoint_every, t.checkpoint_every >= 1, ">= 1"),
+            ("evaluation.depth", e.depth, e.depth >= 1, ">= 1"),
+            ("evaluation.dev_depth", e.dev_depth, e.dev_depth >= 2, ">= 2"),
+            ("evaluation.dev_queries", e.dev_queries, e.dev_queries is None or e.dev_queries > 0, ">= 1"),
+            ("evaluation.fusion_grid", e.fusion_grid, 0.0 in e.fusion_grid, "a grid that contains 0"),
+            ("model.lora.rank", self.model.lora.rank, self.model.lora.rank >= 1, ">= 1"),
+        ]
+        wrong = [
+            f"{field} is {value!r}; allowed: {allowed}" for field, value, good, allowed in checks if not good
+        ]
+        if wrong:
+            raise UserError("setting out of range: " + "; ".join(wrong))
+        return self
+
+
+def _increasing(values: Sequence[int]) -> bool:
+    return bool(values) and values[0] >= 8 and all(a < b for a, b in zip(values, values[1:], strict=False))
+
+
+def load_recipe(path: str, preset: str | None = None) -> RerankerConfig:
+    """The config that a recipe file returns from `get_config(preset)`; a UserError names what is wrong."""
+    file = Path(path)
+    if not file.is_file():
+        near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.py")], n=1)
+        hint = f"; did you mean {file.parent / near[0]}?" if near else ""
+        raise UserError(f"no recipe at {path}{hint} (recipes are the files of configs/)")
+    spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    presets: dict[str, Any] = getattr(module, "PRESETS", {})
+    if preset is not None and preset not in presets:
+        near = difflib.get_close_matches(preset, presets, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UserError(
+            f"{path} has no preset {preset!r}; it has: {', '.join(sorted(presets)) or 'none'}.{hint}"
+        )
+    return module.get_config(preset) if presets else module.get_config()
+
+
+def parse_command(description: str, argv: Sequence[str] | None = None) -> tuple[RerankerConfig, RunOptions]:
+    """Read `--config FILE [--preset P] [--field.name value ...]` into a validated config and run options."""
+    import tyro
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    config_path, argv = _take(argv, "--config", "configs/quantum_resonance.py")
+    preset, argv = _take(argv, "--preset", None)
+    assert config_path is not None
+    default = load_recipe(config_path, preset)
+    command = dataclasses.make_dataclass(
+        "Command",
+        [
+            ("run", Annotated[RunOptions, tyro.conf.arg(name="")], dataclasses.field(default=RunOptions())),
+            (
+                "settings",
+                Annotated[type(default), tyro.conf.arg(name="")],
+                dataclasses.field(default=default),
+            ),
+        ],
+        frozen=True,
+    )
+    known = _field_names(type(default)) | _field_names(RunOptions)
+    _refuse_unknown(argv, known)
+    parsed: Any = tyro.cli(command, args=argv, description=description)
+    return parsed.settings.validate(), parsed.run
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """Where a run lives; not part of its recipe."""
+
+    runs: Path = Path("runs")
+    """Folder of all runs."""
+    fresh: bool = False
+    """Start over: delete the run's folder instead of resuming it."""
+    backend: Literal["auto", "jax", "mlx"] = "auto"
+
+
+def _take(argv: list[str], flag: str, default: str | None) -> tuple[str | None, list[str]]:
+    """Remove `flag value` or `flag=value` from argv; the last one wins."""
+    rest, value, index = [], default, 0
+    while index < len(argv):
+        word = argv[index]
+        if word == flag:
+            if index + 1 == len(argv):
+                raise UserError(f"{flag} needs a value")
+            value, index = argv[index + 1], index + 2
+        elif word.startswith(flag + "="):
+            value, index = word[len(flag) + 1 :], index + 1
+        else:
+            rest.append(word)
+            index += 1
+    return value, rest
+
+
+def _field_names(kind: type, prefix: str = "") -> set[str]:
+    """Dotted names of every setting of a config class."""
+    names: set[str] = set()
+    defaults = kind()
+    for field in dataclasses.fields(kind):
+        value = getattr(defaults, field.name)
+        name = prefix + field.name
+        names |= _field_names(type(value), name + ".") if dataclasses.is_dataclass(value) else {name}
+    return names
+
+
+def _refuse_unknown(argv: Sequence[str], known: set[str]) -> None:
+    for word in argv:
+        if not word.startswith("--") or word == "--help":
+            continue
+        name = word[2:].split("=", 1)[0].replace("-", "_")
+        plain = name.replace(".no_", ".").removeprefix("no_")
+        if name in known or plain in known:
+            continue
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4) or [
+            k for k in sorted(known) if k.rsplit(".", 1)[-1] == name
+        ]
+        hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
+        raise UserError(f"unknown setting {word.split('=', 1)[0]}{hint} (--help lists all)")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+ALL_STARTS = tuple(s for s in get_args(Start) if s != "auto")
