@@ -1,4 +1,4 @@
-"""Confidence that the top passage is relevant: logistic regression, then isotonic; its calibration and AUROC."""
+"""Confidence that the top passage is relevant (logistic, then isotonic regression) and how good it is."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ FEATURES = ("entropy", "margin", "resonance")
 
 
 def confidence_features(scores: ArrayLike, resonance: ArrayLike, temperature: float = 1.0) -> Array:
-    """[3] for one query's candidates [L]: normalised entropy of p = softmax(s/temperature) in [0, 1], margin of
-    the two highest p in [0, 1], resonance of the top candidate in [-1, 1]. One candidate: (0, 1, r)."""
+    """[3] for one query's candidates [L], p = softmax(s/temperature): normalised entropy of p in [0, 1],
+    margin of the two highest p in [0, 1], resonance of the top one in [-1, 1]. One candidate: (0, 1, r)."""
     values = np.asarray(scores, np.float64) / temperature
     if values.size == 0:
         raise ValueError("a query without candidates has no confidence")
@@ -43,8 +43,8 @@ class Confidence:
 
     @classmethod
     def fit(cls, features: ArrayLike, correct: ArrayLike, ridge: float = 1.0) -> Confidence:
-        """Fit on features [N, F] and events [N] (1: the top passage is relevant). `ridge` >= 0 holds the weights
-        of the standardised features finite. Raises ValueError without both kinds of event."""
+        """Fit on features [N, F] and events [N] (1: the top passage is relevant). `ridge` > 0 holds the
+        weights of standardised features finite. Raises ValueError without both kinds of event."""
         x, y = np.asarray(features, np.float64), np.asarray(correct, np.float64)
         if x.ndim != 2 or y.shape != x.shape[:1]:
             raise ValueError(f"features [N, F] and events [N] do not fit: {x.shape} and {y.shape}")
@@ -60,16 +60,15 @@ class Confidence:
     def predict(self, features: ArrayLike) -> Array:
         """Probability [N] in [0, 1] for features [N, F]; between the knots it is interpolated."""
         x = (np.asarray(features, np.float64) - np.array(self.centre)) / np.array(self.scale)
-        return np.interp(x @ np.array(self.weights) + self.bias, self.logits, self.levels)
+        return np.asarray(np.interp(x @ np.array(self.weights) + self.bias, self.logits, self.levels))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Confidence:
-        return cls(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
-        )
+        lists = {key: tuple(value) for key, value in stored.items() if key != "bias"}
+        return cls(bias=float(stored["bias"]), **lists)
 
 
 def expected_calibration_error(probability: ArrayLike, correct: ArrayLike, bins: int = 15) -> float:
@@ -83,7 +82,7 @@ def expected_calibration_error(probability: ArrayLike, correct: ArrayLike, bins:
 
 
 def auroc(score: ArrayLike, correct: ArrayLike) -> float:
-    """Chance in [0, 1] that a correct case scores above another one, ties count half; NaN without both kinds."""
+    """Chance in [0, 1] that a correct case scores above another, ties count half; NaN without both kinds."""
     from scipy.stats import rankdata
 
     s, y = np.asarray(score, np.float64), np.asarray(correct, bool)
@@ -128,7 +127,7 @@ def _logistic(x: Array, y: Array, ridge: float) -> tuple[Array, float]:
 
 
 def _isotonic(x: Array, y: Array) -> tuple[Array, Array]:
-    """Rising least-squares fit of y on x; equal x share one knot, and only the ends of flat parts are kept."""
+    """Rising least-squares fit of y on x; equal x share one knot, only the ends of flat parts are kept."""
     from scipy.optimize import isotonic_regression
 
     knots, place = np.unique(x, return_inverse=True)

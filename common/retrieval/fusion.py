@@ -14,7 +14,7 @@ OMEGA_GRID = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0)
 
 
 def rrf(runs: Sequence[Run], k: float = 60.0, depth: int = 100) -> Run:
-    """Reciprocal rank fusion: score = sum over runs of 1/(k + rank), rank from 1; the `depth` best of each query."""
+    """Reciprocal rank fusion: the sum over runs of 1/(k + rank), rank from 1; the `depth` best of a query."""
     fused: Run = {}
     for query in dict.fromkeys(query for run in runs for query in run):
         scores: dict[str, float] = {}
@@ -33,11 +33,11 @@ def standardised(scores: ArrayLike) -> NDArray[np.float64]:
     spread = float(values.std())
     if spread <= 1e-9 * max(1e-30, float(np.abs(values).max())):
         return np.zeros_like(values)
-    return (values - values.mean()) / spread
+    return np.asarray((values - values.mean()) / spread)
 
 
 def fuse_scores(first_stage: ArrayLike, rerank: ArrayLike, omega: float) -> NDArray[np.float64]:
-    """z(rerank) + omega * z(first stage) over one query's candidates [L]; omega >= 0, 0 keeps the reranker's order."""
+    """z(rerank) + omega * z(first stage) over a query's candidates [L]; omega 0: the reranker's order."""
     return standardised(rerank) + omega * standardised(first_stage)
 
 

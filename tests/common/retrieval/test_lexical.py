@@ -1,17 +1,12 @@
 """BM25: small truths, and the published number on SciFact."""
 
-import gzip
-import json
-import os
 from pathlib import Path
 
 import pytest
 
+from common.data.sources import load_ranking_data
 from common.metrics.ranking import evaluate_run, mean, ranked
 from common.retrieval.lexical import BM25, bm25_run
-
-ROOT = Path(__file__).parents[3]
-DATA = Path(os.environ.get("RESONANCE_DATA", ROOT / "../shared/data"))
 
 
 def test_the_passage_with_the_rare_word_comes_first() -> None:
@@ -44,16 +39,8 @@ def test_scores_do_not_depend_on_the_other_queries() -> None:
     assert (index.scores("four three") == alone).all() and alone.shape == (3,)
 
 
-@pytest.mark.skipif(not (DATA / "scifact").is_dir(), reason=f"no SciFact under {DATA} (set RESONANCE_DATA)")
-def test_scifact_reaches_the_published_bm25() -> None:
-    with gzip.open(DATA / "scifact/corpus.jsonl.gz", "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    corpus = {row["_id"]: f"{row['title']} {row['text']}".strip() for row in rows}
-    with open(DATA / "scifact/queries.jsonl", encoding="utf-8") as lines:
-        texts = {row["_id"]: row["text"] for row in map(json.loads, lines)}
-    qrels: dict[str, dict[str, int]] = {}
-    for line in (DATA / "scifact/qrels/test.tsv").read_text().splitlines()[1:]:
-        query, passage, grade = line.split("\t")
-        qrels.setdefault(query, {})[passage] = int(grade)
-    run = bm25_run(corpus, {query: texts[query] for query in qrels}, depth=100)
+def test_scifact_reaches_the_published_bm25(data_dir: Path) -> None:
+    data = load_ranking_data(str(data_dir / "scifact"))
+    qrels = data.split("test")
+    run = bm25_run(data.corpus, {query: data.queries[query] for query in qrels}, depth=100)
     assert mean(evaluate_run(run, qrels, ("nDCG@10",))["nDCG@10"]) == pytest.approx(0.676, abs=0.003)
