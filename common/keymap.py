@@ -102,7 +102,7 @@ FAMILIES: Mapping[str, Family] = {
 
 def family_of(config: Mapping[str, Any], where: object) -> Family:
     """The family a checkpoint's config names; UserError when there is no table for it."""
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
         raise UserError(
             f"{where}: model_type is {model_type!r}; encoders of type {', '.join(FAMILIES)} can be loaded. "
