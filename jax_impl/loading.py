@@ -1,0 +1,235 @@
+"""From a checkpoint directory to a model, strictly, and back.
+
+Three starts of a reranker, read off the checkpoint (DESIGN section 3): a sentence encoder begins with its own
+resonance, an existing cross-encoder as it was, a plain masked language model from nothing.
+Twin: mlx_impl/loading.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from common import keymap
+from common.checkpoint import (
+    CONFIG_FILE,
+    HEAD_FILE,
+    check_keys,
+    read_config,
+    read_tensors,
+    surviving,
+    write_checkpoint,
+)
+from common.config import ModelConfig
+from common.errors import UserError
+from jax_impl.models.bert import BertConfig
+from jax_impl.models.bi_encoder import BiEncoder
+from jax_impl.models.cross_encoder import CrossEncoder
+from jax_impl.models.lora import LoRALinear
+
+WARM_GAMMA = 20.0  # the scale that sentence-transformers trains cosines with
+EVEN_COSINE = 0.5  # where a pointwise loss sees an even bet at the warm start
+COLD_SPREAD = 0.02  # standard deviation of u from nothing, BERT's own initializer_range
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedReranker:
+    """A cross-encoder and where it began; `settings` is the `resonance` part of its config.json."""
+
+    model: CrossEncoder
+    config: dict[str, Any]
+    settings: dict[str, Any]
+    start: str
+
+
+def load_cross_encoder(
+    directory: Path, model: ModelConfig, *, dtype: jnp.dtype = jnp.float32, seed: int = 0
+) -> LoadedReranker:
+    """A reranker from a base model or from a directory that we wrote (strict both ways).
+
+    Raises UserError for missing, unexpected or misshaped tensors, all listed.
+    """
+    directory = surviving(directory)
+    config = read_config(directory)
+    ours = (directory / HEAD_FILE).exists()
+    config, tensors = keymap.as_bert(config, read_tensors(directory), where=directory)
+    start = "resumed" if ours else choose_start(directory, config, tensors, model.start)
+    settings = dict(config.get("resonance", {})) if ours else _settings(config, model)
+    rngs = nnx.Rngs(seed)
+    encoder = _build(directory, config, settings, dtype, rngs)
+    _fill_encoder(encoder, tensors, directory, strict=ours)
+    if ours:
+        _fill(encoder.resonance, read_tensors(directory / HEAD_FILE), directory / HEAD_FILE)
+    else:
+        _begin(encoder, start, rngs)
+        settings["start"] = start
+    return LoadedReranker(encoder, config, settings, start)
+
+
+def load_bi_encoder(directory: Path, *, dtype: jnp.dtype = jnp.float32) -> BiEncoder:
+    """The sentence encoder of a directory: mean pooling and unit length. UserError as above."""
+    directory = surviving(directory)
+    config, tensors = keymap.as_bert(read_config(directory), read_tensors(directory), where=directory)
+    model = BiEncoder(_bert_config(config, directory), dtype=dtype, rngs=nnx.Rngs(0))
+    family = keymap.FAMILIES["bert"]
+    _fill(model, tensors, directory, optional=family.new, droppable=(*family.foreign, r"classifier\..*"))
+    return model
+
+
+def choose_start(directory: Path, config: Mapping[str, Any], tensors: Arrays, wanted: str = "auto") -> str:
+    """Which of the three starts a base gets, unless the recipe names one.
+
+    Raises UserError for a classifier of several labels: a reranker has one.
+    """
+    labels = tensors["classifier.weight"].shape[0] if "classifier.weight" in tensors else None
+    if labels is not None and labels != 1:
+        raise UserError(
+            f"{directory}: its classifier has {labels} labels, a reranker has 1. Choose a base encoder, or a "
+            "cross-encoder with num_labels 1."
+        )
+    if wanted == "cross_encoder" and labels is None:
+        raise UserError(f"{directory}: model.start is cross_encoder, but there is no classifier to begin with.")
+    if wanted != "auto":
+        return wanted
+    if labels == 1:
+        return "cross_encoder"
+    return "sentence_encoder" if (directory / "modules.json").exists() else "masked_lm"
+
+
+def save_cross_encoder(
+    directory: Path,
+    loaded: LoadedReranker,
+    *,
+    training: Mapping[str, Any],
+    tokenizer_save: Callable[[Path], None],
+    card: str,
+) -> None:
+    """Write the checkpoint directory of a reranker, adapters merged; other libraries load its portable score."""
+    tensors = model_tensors(loaded.model)
+    head = {key.removeprefix("resonance."): value for key, value in tensors.items() if _is_head(key)}
+    portable = {key: value for key, value in tensors.items() if not _is_head(key)}
+    config = {key: value for key, value in loaded.config.items() if not key.startswith("_")}
+    config |= {
+        "architectures": ["BertForSequenceClassification"],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "num_labels": 1,
+        "sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"},
+        "resonance": loaded.settings,
+    }
+    write_checkpoint(
+        directory,
+        config=config,
+        tensors=portable,
+        resonance=head,
+        training=training,
+        tokenizer_save=tokenizer_save,
+        card=card,
+    )
+
+
+def model_tensors(model: nnx.Module) -> Arrays:
+    """Every parameter under its checkpoint key, as stored (linear weights [out, in]), adapters merged."""
+    merged = {
+        tuple(path): np.asarray(module.merged())
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, LoRALinear)
+    }
+    tensors = {}
+    for path, variable in _parameters(model):
+        if isinstance(variable, nnx.LoRAParam):
+            continue
+        key, transform = keymap.to_checkpoint(path)
+        value = merged.get(path[:-1]) if path[-1] == "kernel" else None
+        value = np.asarray(variable[...]) if value is None else value
+        tensors[key] = keymap.apply(transform, value)
+    return tensors
+
+
+def _settings(config: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
+    return {
+        "state_size": model.complex_width or int(config["hidden_size"]),
+        "parameterisation": model.projector,
+        "passage_segment": model.passage_segment,
+    }
+
+
+def _bert_config(config: Mapping[str, Any], directory: Path) -> BertConfig:
+    try:
+        return BertConfig.from_dict(dict(config))
+    except ValueError as error:
+        raise UserError(f"{directory / CONFIG_FILE}: {error}") from None
+
+
+def _build(
+    directory: Path, config: Mapping[str, Any], settings: Mapping[str, Any], dtype: jnp.dtype, rngs: nnx.Rngs
+) -> CrossEncoder:
+    try:
+        return CrossEncoder(
+            _bert_config(config, directory),
+            state_size=settings["state_size"],
+            parameterisation=settings["parameterisation"],
+            passage_segment=settings["passage_segment"],
+            dtype=dtype,
+            rngs=rngs,
+        )
+    except KeyError as error:
+        raise UserError(f"{directory / CONFIG_FILE}: its `resonance` part lacks {error}.") from None
+
+
+def _fill_encoder(encoder: CrossEncoder, tensors: Arrays, where: Path, *, strict: bool) -> None:
+    family = keymap.FAMILIES["bert"]
+    optional, droppable = ((), ()) if strict else (family.new, family.foreign)
+    _fill(encoder, tensors, where, optional=optional, droppable=droppable, skip_head=True)
+
+
+def _begin(model: CrossEncoder, start: str, rngs: nnx.Rngs) -> None:
+    """Set u, gamma and b of a fresh head (DESIGN section 3, three starts)."""
+    head = model.resonance
+    if start == "sentence_encoder":
+        head.gamma[...] = jnp.asarray(WARM_GAMMA)
+        head.b[...] = jnp.asarray(-WARM_GAMMA * EVEN_COSINE)
+    elif start == "cross_encoder":
+        head.u[...] = model.classifier.kernel[...][:, 0]
+        head.b[...] = model.classifier.bias[...][0]
+    else:
+        head.u[...] = COLD_SPREAD * jnp.asarray(rngs.params.normal(head.u[...].shape))
+
+
+def _parameters(model: nnx.Module) -> list[tuple[keymap.ParamPath, nnx.Variable]]:
+    return [(tuple(path), variable) for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+
+
+def _is_head(key: str) -> bool:
+    return key.startswith("resonance.")
+
+
+def _fill(
+    model: nnx.Module,
+    tensors: Arrays,
+    where: Path,
+    *,
+    optional: tuple[str, ...] = (),
+    droppable: tuple[str, ...] = (),
+    skip_head: bool = False,
+) -> None:
+    """Put a checkpoint's tensors into a model's parameters, in float32; strict as check_keys."""
+    keyed = {}
+    for path, variable in _parameters(model):
+        key, transform = keymap.to_checkpoint(path)
+        if not (skip_head and _is_head(key)):
+            keyed[key] = (variable, transform)
+    expected = {key: keymap.apply(how, variable[...]).shape for key, (variable, how) in keyed.items()}
+    found = {key: value.shape for key, value in tensors.items()}
+    check_keys(expected, found, optional=optional, droppable=droppable, where=where)
+    for key, (variable, transform) in keyed.items():
+        if key in tensors:
+            variable[...] = jnp.asarray(keymap.apply(transform, tensors[key]), jnp.float32)
