@@ -1,0 +1,157 @@
+"""Every ranking and quantum loss, in float64 NumPy, with its gradient where that is short.
+
+A loss is a pair (numerator, denominator): both are summed over devices and micro-batches, then divided as
+numerator / max(1, denominator). Gradients are those of the numerator.
+Twins: {jax_impl,mlx_impl}/losses/{ranking,quantum}.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.reference.projector import normalise
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+Pair = tuple[float, float]
+
+
+def ratio(pair: Pair) -> float:
+    """numerator / max(1, denominator)."""
+    return pair[0] / max(1.0, pair[1])
+
+
+def _counted(labels: Array, mask: Mask) -> tuple[Mask, Mask]:
+    """Relevant candidates, and all real candidates, of the lists that have a positive; both [B, L]."""
+    relevant = mask & (labels > 0)
+    return relevant, mask & relevant.any(axis=1, keepdims=True)
+
+
+def pointwise_bce(scores: Array, labels: Array, mask: Mask) -> Pair:
+    """Sum over candidates of BCE(s, label > 0), and their number."""
+    relevant, counted = _counted(labels, mask)
+    loss = np.logaddexp(0.0, scores) - relevant * scores
+    return float(loss[counted].sum()), float(counted.sum())
+
+
+def pointwise_bce_gradient(scores: Array, labels: Array, mask: Mask) -> Array:
+    """sigmoid(s) - y, [B, L]."""
+    relevant, counted = _counted(labels, mask)
+    return np.where(counted, np.exp(-np.logaddexp(0.0, -scores)) - relevant, 0.0)
+
+
+def listwise_softmax(scores: Array, labels: Array, mask: Mask) -> Pair:
+    """Sum over lists of -sum_j y_j log p_j, p = softmax(s), y = labels normalised; and their number."""
+    return superposition_loss(scores, labels, mask, 1.0, 0.0)
+
+
+def superposition_loss(
+    scores: Array, labels: Array, mask: Mask, temperature: float, entropy_bonus: float
+) -> Pair:
+    """Sum over lists of -sum_j y_j log p_j - beta H(p), p = softmax(s / tau); and their number."""
+    total, lists = 0.0, 0
+    for row, real in zip(*_list_rows(scores, labels, mask), strict=True):
+        y, log_p = _targets(labels[row, real]), _log_softmax(scores[row, real] / temperature)
+        total += -np.sum(y * log_p) - entropy_bonus * _entropy(log_p)
+        lists += 1
+    return float(total), float(lists)
+
+
+def superposition_loss_gradient(
+    scores: Array, labels: Array, mask: Mask, temperature: float, entropy_bonus: float
+) -> Array:
+    """(p - y + beta p (log p + H)) / tau, [B, L]."""
+    gradient = np.zeros(scores.shape)
+    for row, real in zip(*_list_rows(scores, labels, mask), strict=True):
+        y, log_p = _targets(labels[row, real]), _log_softmax(scores[row, real] / temperature)
+        p = np.exp(log_p)
+        bonus = entropy_bonus * p * (log_p + _entropy(log_p))
+        gradient[row, real] = (p - y + bonus) / temperature
+    return gradient
+
+
+def superposition_entropy(scores: Array, labels: Array, mask: Mask, temperature: float) -> Pair:
+    """Sum over lists of H(p) in nats, and their number."""
+    rows = zip(*_list_rows(scores, labels, mask), strict=True)
+    entropies = [_entropy(_log_softmax(scores[row, real] / temperature)) for row, real in rows]
+    return float(sum(entropies)), float(len(entropies))
+
+
+def _list_rows(scores: Array, labels: Array, mask: Mask) -> tuple[list[int], list[Any]]:
+    """Indices of the lists with a positive, and the real candidates of each."""
+    rows = [row for row in range(len(scores)) if (mask[row] & (labels[row] > 0)).any()]
+    return rows, [np.flatnonzero(mask[row]) for row in rows]
+
+
+def _targets(labels: Array) -> Array:
+    return labels / labels.sum()
+
+
+def _log_softmax(logits: Array) -> Array:
+    shifted = logits - logits.max()
+    return np.asarray(shifted - np.log(np.exp(shifted).sum()))
+
+
+def _entropy(log_p: Array) -> float:
+    return float(-np.sum(np.exp(log_p) * log_p))
+
+
+def resonance_loss(
+    resonance: Array, labels: Array, mask: Mask, threshold: float, sharpness: float
+) -> tuple[Pair, Pair]:
+    """((relevant numerator, count), (others' numerator, count)) of BCE(kappa (r_+^2 - theta), y) / 2."""
+    relevant, counted = _counted(labels, mask)
+    others = counted & ~relevant
+    logits = sharpness * (np.maximum(resonance, 0.0) ** 2 - threshold)
+    pull, push = 0.5 * np.logaddexp(0.0, -logits), 0.5 * np.logaddexp(0.0, logits)
+    return (
+        (float(pull[relevant].sum()), float(relevant.sum())),
+        (float(push[others].sum()), float(others.sum())),
+    )
+
+
+def resonance_loss_gradient(
+    resonance: Array, labels: Array, mask: Mask, threshold: float, sharpness: float
+) -> tuple[Array, Array]:
+    """Gradients [B, L] of the two numerators: +-1/2 sigmoid(+-logit) 2 kappa r_+."""
+    relevant, counted = _counted(labels, mask)
+    positive = np.maximum(resonance, 0.0)
+    logits = sharpness * (positive**2 - threshold)
+    slope = sharpness * positive
+    pull = -slope * np.exp(-np.logaddexp(0.0, logits))
+    push = slope * np.exp(-np.logaddexp(0.0, -logits))
+    return np.where(relevant, pull, 0.0), np.where(counted & ~relevant, push, 0.0)
+
+
+def entanglement_loss(
+    query_re: Array,
+    query_im: Array,
+    labels: Array,
+    mask: Mask,
+    related: Array,
+    margin: float,
+    query_index: NDArray[np.integer[Any]] | None = None,
+) -> tuple[Pair, Pair]:
+    """((attract numerator, pairs), (repel numerator, pairs)) over pairs a < b of different queries.
+
+    attract: w_ab (1 - Re<a|b>) where w_ab > 0; repel: max(0, Re<a|b> - margin) where w_ab = 0.
+    """
+    states = {}
+    for row in range(len(labels)):
+        relevant = mask[row] & (labels[row] > 0)
+        if relevant.any():
+            states[row] = normalise(query_re[row, relevant].mean(0), query_im[row, relevant].mean(0))
+    attract, repel, pulled, pushed = 0.0, 0.0, 0, 0
+    for a, (a_re, a_im) in states.items():
+        for b, (b_re, b_im) in states.items():
+            if a >= b or (query_index is not None and query_index[a] == query_index[b]):
+                continue
+            overlap = a_re @ b_re + a_im @ b_im
+            if related[a, b] > 0:
+                attract, pulled = attract + related[a, b] * (1.0 - overlap), pulled + 1
+            else:
+                repel, pushed = repel + max(0.0, float(overlap) - margin), pushed + 1
+    return (float(attract), float(pulled)), (float(repel), float(pushed))
