@@ -98,8 +98,9 @@ def entanglement_loss(
     Over pairs a < b of different queries that have a relevant pair: w_ab (1 - Re<a|b>) where w_ab > 0, then
     max(0, Re<a|b> - margin) where w_ab = 0. query_re and query_im [B, L, C]: the query's state beside each
     candidate; labels, mask [B, L]; related w [B, B] in [0, 1], symmetric; margin in [-1, 1];
-    query_index [B]: lists of one query form no pair. Returns the pair that attracts, then the one that repels.
-    Both and their gradients are 0 for one query and for padding; a zero state has a finite gradient.
+    query_index [B]: lists of one query form no pair.
+    Returns the pair that attracts, then the one that repels. Both and their gradients are
+    0 for one query and for padding; a zero state has a finite gradient.
     """
     states = query_states(query_re, query_im, labels, mask)
     attracted, repelled = _query_pairs(labels, mask, related, query_index)  # [B, B]
@@ -121,7 +122,7 @@ def entanglement_denominator(
 
 
 def query_states(query_re: jax.Array, query_im: jax.Array, labels: jax.Array, mask: jax.Array) -> State:
-    """Normalised mean of a query's states over its relevant pairs, [B, L, C] -> (re, im) [B, C]; 0 if none."""
+    """Normalised mean of a query's states over its relevant pairs, [B, L, C] -> [B, C]; 0 if it has none."""
     relevant = relevant_candidates(labels, mask)[..., None]  # [B, L, 1]
     number = jnp.maximum(1.0, jnp.sum(relevant.astype(jnp.float32), axis=1))  # [B, 1]
     re = jnp.sum(jnp.where(relevant, query_re.astype(jnp.float32), 0.0), axis=1) / number  # [B, C]
