@@ -1,0 +1,270 @@
+"""Training lists: a query, its positives, a pool of hard negatives, its related queries; kept as ArrayRecord.
+
+Written by a TFDS builder and read by random access, both without TensorFlow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.data.records import RankingData, Run
+from common.errors import UserError
+
+NO_POSITIVE = "queries without a relevant passage"
+NO_NEGATIVE = "queries without a negative"
+Related = Mapping[str, Mapping[str, float]]  # query id -> related query id -> weight in (0, 1]
+
+
+@dataclass(frozen=True)
+class TrainingList:
+    """What training may show for one query. Passages are texts."""
+
+    query_id: str
+    query: str
+    positives: tuple[str, ...]  # best grade first
+    grades: tuple[float, ...]  # one per positive, > 0
+    negatives: tuple[str, ...]  # the pool, hardest first
+    related: tuple[int, ...] = ()  # positions of related queries' lists in the same file
+    related_weight: tuple[float, ...] = ()  # in (0, 1], one per related list
+
+
+def build_lists(
+    data: RankingData,
+    split: str,
+    negatives_run: Run,
+    pool_size: int,
+    related: Related | None = None,
+    max_samples: int | None = None,
+    seed: int = 0,
+) -> tuple[list[TrainingList], dict[str, int]]:
+    """Training lists of a split's queries, and how many queries were dropped for what reason.
+
+    Negatives are the best of `negatives_run` that are not relevant (nor have a relevant passage's text), at
+    most `pool_size`. `max_samples` keeps a random subset, drawn with `seed`. Raises UserError when no list
+    remains.
+    """
+    dropped: Counter[str] = Counter()
+    found: list[TrainingList] = []
+    for query_id, grades in sorted(data.split(split).items()):
+        item = _one_list(data, query_id, grades, negatives_run.get(query_id, {}), pool_size)
+        reason = NO_NEGATIVE if item.positives else NO_POSITIVE
+        if item.positives and item.negatives:
+            found.append(item)
+        else:
+            dropped[reason] += 1
+    if not found:
+        counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        raise UserError(f"{data.name}: no training list in split {split!r} ({counts or 'it is empty'})")
+    if max_samples is not None and max_samples < len(found):
+        kept = np.random.default_rng(seed).permutation(len(found))[:max_samples]
+        found = [found[i] for i in sorted(kept)]
+    return _with_related(found, related or {}), dict(dropped)
+
+
+def given_negatives(data: RankingData) -> Run:
+    """The negatives that came with the data, as a run: first given, hardest."""
+    return {query: _ranked(passages) for query, passages in data.negatives.items()}
+
+
+def random_negatives(data: RankingData, split: str, depth: int, seed: int) -> Run:
+    """`depth` random passages for each query of a split, as a run. Relevant ones are left to build_lists."""
+    passages = sorted(data.corpus)
+    rng = np.random.default_rng(seed)
+    depth = min(depth, len(passages))
+    return {
+        query: _ranked([passages[i] for i in rng.choice(len(passages), depth, replace=False)])
+        for query in sorted(data.split(split))
+    }
+
+
+def related_queries(
+    query_embeddings: np.ndarray, query_ids: Sequence[str], threshold: float, top: int = 8
+) -> dict[str, dict[str, float]]:
+    """The `top` most similar other queries of each query, with their cosine as weight.
+
+    query_embeddings [N, D] of unit norm. A cosine below `threshold` (in (0, 1]) is unrelated; a query without
+    related ones is absent.
+    """
+    related: dict[str, dict[str, float]] = {}
+    for start in range(0, len(query_ids), 1024):  # blocks bound the memory of the similarities
+        cosines = query_embeddings[start : start + 1024] @ query_embeddings.T  # [n, N]
+        for row, cosine in enumerate(cosines):
+            cosine[start + row] = -1.0
+            near = np.flatnonzero(cosine >= threshold)
+            near = near[np.argsort(-cosine[near], kind="stable")][:top]
+            if len(near):
+                weights = {query_ids[int(i)]: min(1.0, float(cosine[i])) for i in near}
+                related[query_ids[start + row]] = weights
+    return related
+
+
+def write_lists(lists: Sequence[TrainingList], directory: str | Path, name: str) -> Path:
+    """Write `<directory>/training_lists/<name>/<version>/` and return it; an older one is replaced whole."""
+    import tensorflow_datasets as tfds
+
+    config = tfds.core.BuilderConfig(name=re.sub(r"[^\w.-]+", "_", name))
+    mode = tfds.download.DownloadConfig(download_mode=tfds.GenerateMode.REUSE_CACHE_IF_EXISTS)
+    # TFDS narrates downloads that there are none of; the caller says what was written.
+    with (
+        tempfile.TemporaryDirectory() as downloads,
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        builder = _builder_class()(lists, data_dir=str(directory), config=config, file_format="array_record")
+        builder.download_and_prepare(download_dir=downloads, download_config=mode)
+    return Path(builder.data_dir)
+
+
+class StoredLists:
+    """Random access to written lists: len(lists), lists[i]. UserError where a file is unreadable."""
+
+    def __init__(self, directory: Path, records: Any) -> None:
+        self.directory = directory
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> TrainingList:
+        if not 0 <= index < len(self):
+            raise IndexError(f"list {index} of {len(self)}")
+        try:
+            return _from_record(self._records[index])
+        except (
+            Exception
+        ) as error:  # ArrayRecord and TFDS raise RuntimeError, ValueError, TypeError and others
+            raise _unreadable(self.directory, f"list {index}: {error}") from error
+
+    def __iter__(self) -> Iterator[TrainingList]:
+        return (self[i] for i in range(len(self)))
+
+
+def read_lists(directory: str | Path) -> StoredLists:
+    """Open what write_lists returned. Raises UserError when it is missing or damaged."""
+    import tensorflow_datasets as tfds
+
+    path = Path(directory)
+    if not (path / "dataset_info.json").is_file():
+        raise _unreadable(path, "there is no dataset_info.json")
+    try:
+        lists = StoredLists(path, tfds.builder_from_directory(path).as_data_source("train"))
+    except Exception as error:  # TFDS raises many kinds for a damaged description
+        raise _unreadable(path, str(error)) from error
+    if len(lists):
+        lists[len(lists) - 1]  # a truncated file lacks its end: say so now
+    return lists
+
+
+def _unreadable(directory: Path, what: str) -> UserError:
+    return UserError(
+        f"{directory}: the training lists cannot be read ({what}); write them again with "
+        "`python scripts/prepare_data.py` and the same settings"
+    )
+
+
+def _one_list(
+    data: RankingData,
+    query_id: str,
+    grades: Mapping[str, int],
+    candidates: Mapping[str, float],
+    pool_size: int,
+) -> TrainingList:
+    relevant = sorted((p for p, grade in grades.items() if grade > 0), key=lambda p: (-grades[p], p))
+    shown = {data.corpus[p] for p in relevant}
+    pool: dict[str, None] = {}  # texts in order, each once
+    for passage in sorted(candidates, key=lambda p: (-candidates[p], p)):
+        if len(pool) < pool_size and data.corpus[passage] not in shown:
+            pool[data.corpus[passage]] = None
+    return TrainingList(
+        query_id=query_id,
+        query=data.queries[query_id],
+        positives=tuple(data.corpus[p] for p in relevant),
+        grades=tuple(float(grades[p]) for p in relevant),
+        negatives=tuple(pool),
+    )
+
+
+def _with_related(lists: list[TrainingList], related: Related) -> list[TrainingList]:
+    """The lists with related query ids turned into positions; queries without a list here fall away."""
+    position = {item.query_id: i for i, item in enumerate(lists)}
+    placed = []
+    for item in lists:
+        weights = {position[q]: w for q, w in related.get(item.query_id, {}).items() if q in position}
+        fields = asdict(item) | {
+            "related": tuple(weights),
+            "related_weight": tuple(float(np.float32(w)) for w in weights.values()),  # as it is stored
+        }
+        placed.append(TrainingList(**fields))
+    return placed
+
+
+def _ranked(passages: Sequence[str]) -> dict[str, float]:
+    return {passage: float(len(passages) - i) for i, passage in enumerate(passages)}
+
+
+@cache
+def _builder_class() -> Any:
+    """The TFDS builder; made on first use, since TFDS is slow to import."""
+    import tensorflow_datasets as tfds
+
+    class TrainingLists(tfds.core.GeneratorBasedBuilder):
+        """Training lists of a ranking data set."""
+
+        VERSION = tfds.core.Version("1.0.0")
+        BUILDER_CONFIGS = ()
+
+        def __init__(self, lists: Sequence[TrainingList], **kwargs: Any) -> None:
+            self._lists = lists
+            super().__init__(**kwargs)
+
+        def _info(self) -> Any:
+            text, texts = tfds.features.Text(), tfds.features.Sequence(tfds.features.Text())
+            floats, integers = tfds.features.Sequence(np.float32), tfds.features.Sequence(np.int32)
+            features = {
+                "query_id": text,
+                "query": text,
+                "positives": texts,
+                "grades": floats,
+                "negatives": texts,
+                "related": integers,
+                "related_weight": floats,
+            }
+            # Related lists are named by position, so the order must be kept.
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+            )
+
+        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+            for i, item in enumerate(self._lists):
+                yield i, {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(item).items()}
+
+    return TrainingLists
+
+
+def _from_record(record: Mapping[str, Any]) -> TrainingList:
+    def texts(name: str) -> tuple[str, ...]:
+        return tuple(text.decode() for text in record[name])
+
+    return TrainingList(
+        query_id=record["query_id"].decode(),
+        query=record["query"].decode(),
+        positives=texts("positives"),
+        grades=tuple(float(grade) for grade in record["grades"]),
+        negatives=texts("negatives"),
+        related=tuple(int(i) for i in record["related"]),
+        related_weight=tuple(float(weight) for weight in record["related_weight"]),
+    )

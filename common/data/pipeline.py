@@ -1,0 +1,239 @@
+"""Batches of candidate lists for training: planned from (seed, epoch), grouped by length, read through grain.
+
+A batch is a pure function of (seed, step, data): a run that resumes sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from common.errors import UserError
+from common.text import PASSAGE, QUERY, PairTokenizer, bucket_for
+
+if TYPE_CHECKING:
+    from common.config import DataConfig
+    from common.data.lists import TrainingList
+
+WINDOW_BATCHES = 16  # lists are sorted by length inside shuffled windows of this many batches
+
+
+class ListSource(Protocol):
+    """Random access to training lists: a Python list, or what `common.data.lists.read_lists` returns."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> TrainingList: ...
+
+
+@dataclass(frozen=True)
+class ListBatch:
+    """B queries with L candidates each, padded to S tokens."""
+
+    input_ids: np.ndarray  # int32 [B, L, S]
+    sides: np.ndarray  # int8 [B, L, S]: 0 padding, 1 query side, 2 passage side
+    labels: np.ndarray  # float32 [B, L]: grade, 0 for negatives and padding
+    mask: np.ndarray  # bool [B, L]: a real candidate
+    related: np.ndarray  # float32 [B, B]: relatedness of the queries in [0, 1], symmetric, 0 on the diagonal
+    query_index: np.ndarray  # int32 [B]: position of the list in the source
+
+    @property
+    def token_share(self) -> float:
+        """Real tokens / padded tokens, in (0, 1]."""
+        return float((self.sides > 0).mean())
+
+
+class EncodedLists:
+    """All texts of the training lists, tokenized once; counts truncation in `tokenizer.truncation`."""
+
+    def __init__(self, source: ListSource, tokenizer: PairTokenizer) -> None:
+        lists = [source[i] for i in range(len(source))]
+        numbers: dict[str, int] = {}  # passage text -> its number
+        self.positives = [_numbered(item.positives, numbers) for item in lists]
+        self.negatives = [_numbered(item.negatives, numbers) for item in lists]
+        self.grades = [np.asarray(item.grades, np.float32) for item in lists]
+        self.related = [dict(zip(item.related, item.related_weight, strict=True)) for item in lists]
+        self.queries, query_cut = tokenizer.query_ids([item.query for item in lists])
+        self.passages, passage_cut = tokenizer.passage_ids(list(numbers))
+        self.pad_id = tokenizer.pad_id
+        self._passage_lengths = np.asarray([len(ids) for ids in self.passages], np.int32)
+        candidates = [np.concatenate(pair) for pair in zip(self.positives, self.negatives, strict=True)]
+        tokenizer.count_truncation(
+            sum(len(passages) for passages in candidates),
+            sum(int(cut) * len(passages) for cut, passages in zip(query_cut, candidates, strict=True)),
+            sum(int(passage_cut[passages].sum()) for passages in candidates),
+        )
+        self.longest = max(
+            (self.pair_length(i, passages) for i, passages in enumerate(candidates)), default=0
+        )
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def pair_length(self, query: int, passages: np.ndarray) -> int:
+        """Tokens of the longest pair of this list's query with one of `passages` (numbers)."""
+        return len(self.queries[query]) + int(self._passage_lengths[passages].max())
+
+
+@dataclass(frozen=True)
+class _PlannedList:
+    """One list as it stands in one epoch: candidates are passage numbers, the positives first."""
+
+    index: int
+    candidates: np.ndarray  # int64 [n], n <= list_size
+    labels: np.ndarray  # float32 [n]
+    length: int  # tokens of the longest pair
+
+
+class ListPlan:
+    """Which lists, with which sampled candidates, stand in which batch of which epoch.
+
+    An epoch holds every list once, less the N mod batch_size of an incomplete batch, others each epoch. A
+    list shows its best graded positives (ties at random), at most `max_positives`, and negatives drawn from
+    its pool without replacement. With `pair_related` a query stands beside its most related free one (an odd
+    batch size parts some at the borders). len(plan) is the number of steps of an epoch. Raises UserError
+    when there are fewer lists than a batch holds, or a pair longer than every bucket.
+    """
+
+    def __init__(
+        self,
+        source: ListSource,
+        tokenizer: PairTokenizer,
+        cfg: DataConfig,
+        batch_size: int,
+        seed: int,
+        pair_related: bool,
+    ) -> None:
+        if len(source) < batch_size:
+            raise UserError(
+                f"{len(source)} training lists cannot fill a batch of {batch_size}: lower train.batch_size "
+                f"to at most {len(source)}, or give more training queries"
+            )
+        self.lists = EncodedLists(source, tokenizer)
+        self.list_size, self.max_positives = cfg.list_size, cfg.max_positives
+        self.buckets = tuple(sorted(cfg.length_buckets))
+        self.batch_size, self.seed, self.pair_related = batch_size, seed, pair_related
+        self._epoch: tuple[int, list[list[_PlannedList]]] | None = None
+        bucket_for(self.lists.longest, self.buckets)
+
+    def __len__(self) -> int:
+        return len(self.lists) // self.batch_size
+
+    def batch(self, step: int) -> ListBatch:
+        """The batch of a step counted from the start of the run."""
+        epoch, position = divmod(step, len(self))
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, self._plan_epoch(epoch))
+        return self._assemble(self._epoch[1][position])
+
+    def token_share(self, epoch: int = 0) -> float:
+        """Real tokens / padded tokens over an epoch, in (0, 1]."""
+        batches = [self.batch(epoch * len(self) + i) for i in range(len(self))]
+        return sum(int((b.sides > 0).sum()) for b in batches) / sum(b.sides.size for b in batches)
+
+    def loader(self, steps: int) -> Any:
+        """A grain iterator over the first `steps` batches of the run, with get_state() and set_state()."""
+        import grain
+
+        # No threads: a batch costs less than a millisecond, and the state then says exactly what was read.
+        options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        dataset = grain.MapDataset.range(steps).map(self.batch)
+        return iter(dataset.to_iter_dataset(options))
+
+    def _plan_epoch(self, epoch: int) -> list[list[_PlannedList]]:
+        rng = np.random.default_rng((self.seed, epoch))
+        kept = rng.permutation(len(self.lists))[: len(self) * self.batch_size]
+        planned = {int(i): self._draw(int(i), rng) for i in kept}
+        groups = self._related_pairs(planned) if self.pair_related else [[item] for item in planned.values()]
+        groups = [groups[i] for i in rng.permutation(len(groups))]
+        window = max(1, WINDOW_BATCHES * self.batch_size // (2 if self.pair_related else 1))
+        for start in range(0, len(groups), window):
+            groups[start : start + window] = sorted(groups[start : start + window], key=_longest)
+        ordered = [item for group in groups for item in group]
+        starts = rng.permutation(len(self)) * self.batch_size
+        return [ordered[start : start + self.batch_size] for start in starts]
+
+    def _draw(self, index: int, rng: np.random.Generator) -> _PlannedList:
+        """Sample one epoch's candidates of a list."""
+        grades, pool = self.lists.grades[index], self.lists.negatives[index]
+        best_first = np.lexsort((rng.random(len(grades)), -grades))
+        chosen = best_first[: min(self.max_positives, self.list_size - 1)]
+        drawn = pool[rng.permutation(len(pool))[: self.list_size - len(chosen)]]
+        candidates = np.concatenate((self.lists.positives[index][chosen], drawn))
+        labels = np.zeros(len(candidates), np.float32)
+        labels[: len(chosen)] = grades[chosen]
+        return _PlannedList(index, candidates, labels, self.lists.pair_length(index, candidates))
+
+    def _related_pairs(self, planned: dict[int, _PlannedList]) -> list[list[_PlannedList]]:
+        """Twos: a query with its most related free one; those left over by similar length."""
+        free = dict(planned)
+        pairs: list[list[_PlannedList]] = []
+        alone: list[_PlannedList] = []
+        for index, item in planned.items():
+            if free.pop(index, None) is None:
+                continue
+            weights = {other: w for other, w in self.lists.related[index].items() if other in free}
+            if weights:
+                pairs.append([item, free.pop(max(weights, key=lambda other: weights[other]))])
+            else:
+                alone.append(item)
+        window = WINDOW_BATCHES * self.batch_size
+        for start in range(0, len(alone), window):
+            similar = sorted(alone[start : start + window], key=lambda item: item.length)
+            pairs += [similar[i : i + 2] for i in range(0, len(similar), 2)]
+        return pairs
+
+    def _assemble(self, items: Sequence[_PlannedList]) -> ListBatch:
+        size = (self.batch_size, self.list_size)
+        length = bucket_for(max(item.length for item in items), self.buckets)
+        input_ids = np.full((*size, length), self.lists.pad_id, np.int32)
+        sides = np.zeros((*size, length), np.int8)
+        labels, mask = np.zeros(size, np.float32), np.zeros(size, bool)
+        for row, item in enumerate(items):
+            query, count = self.lists.queries[item.index], len(item.candidates)
+            labels[row, :count], mask[row, :count] = item.labels, True
+            input_ids[row, :count, : len(query)], sides[row, :count, : len(query)] = query, QUERY
+            for column, candidate in enumerate(item.candidates):
+                passage = self.lists.passages[candidate]
+                span = slice(len(query), len(query) + len(passage))
+                input_ids[row, column, span], sides[row, column, span] = passage, PASSAGE
+        query_index = np.asarray([item.index for item in items], np.int32)
+        return ListBatch(input_ids, sides, labels, mask, self._relatedness(query_index), query_index)
+
+    def _relatedness(self, query_index: np.ndarray) -> np.ndarray:
+        """float32 [B, B]; a weight that either of the two lists states counts for both."""
+        stated = [[self.lists.related[int(a)].get(int(b), 0.0) for b in query_index] for a in query_index]
+        weights = np.asarray(stated, np.float32)
+        weights = np.maximum(weights, weights.T)
+        np.fill_diagonal(weights, 0.0)
+        return weights
+
+
+def make_loader(
+    source: ListSource,
+    tokenizer: PairTokenizer,
+    cfg: DataConfig,
+    *,
+    batch_size: int,
+    steps: int | None = None,
+    epochs: int | None = None,
+    seed: int,
+    pair_related: bool,
+) -> Any:
+    """A grain iterator of ListBatch over `steps` batches or `epochs` epochs, as ListPlan orders them."""
+    if (steps is None) == (epochs is None):
+        raise ValueError("give either steps or epochs")
+    plan = ListPlan(source, tokenizer, cfg, batch_size, seed, pair_related)
+    return plan.loader(steps if steps is not None else (epochs or 0) * len(plan))
+
+
+def _numbered(texts: Sequence[str], numbers: dict[str, int]) -> np.ndarray:
+    """The number of each text, new ones counted on; int64 [n]."""
+    return np.asarray([numbers.setdefault(text, len(numbers)) for text in texts], np.int64)
+
+
+def _longest(group: Sequence[_PlannedList]) -> int:
+    return max(item.length for item in group)
