@@ -246,7 +246,7 @@ def query_and_passage(docstring: Docstring) -> tuple[str, str] | None:
         return None
     if len(re.findall(r"[A-Za-z]{2,}", body)) < BODY_WORDS[0] or _key(query) in _key(body):
         return None
-    return query.strip(), f"{signature} {body}".strip()
+    return re.sub(r":$", ".", query.strip()), f"{signature} {body}".strip()
 
 
 def _leading_signature(docstring: Docstring) -> tuple[str, str]:
@@ -265,6 +265,8 @@ def _plain(text: str) -> str:
     """Docstring markup to running text: roles, backticks, prompts and rules of dashes go."""
     text = re.sub(r"(?m)^\s*[-=~^*`#.]{3,}\s*$|^\s*(>>>|\.\.\.) ?|^\s*\.\. \w[\w-]*::", " ", text)
     text = re.sub(r":[\w:]+:`~?([^`<]*?)(?:\s*<[^>]*>)?`", r"\1", text)
+    text = re.sub(r"\s*<https?:[^>]*>`_{0,2}|\\(?:mathrm|mathbf|text|operatorname)\b", "", text)
+    text = re.sub(r"::(?=\s|$)", ":", text)
     return " ".join(text.replace("`", "").split())
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -47,7 +49,7 @@ class RankingData:
         return self.qrels[name]
 
     def validate(self) -> RankingData:
-        """Return self if every id resolves, no text is empty and each split has a positive; else UserError."""
+        """Return self; UserError unless every id resolves, no text is empty and each split has a positive."""
         problems = []
         for what, texts in (("passage", self.corpus), ("query", self.queries)):
             problems += [
@@ -116,25 +118,59 @@ def stable_id(prefix: str, text: str) -> str:
     return f"{prefix}{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def json_rows(path: Path, bad: BadRows) -> Iterator[tuple[str, Any]]:
-    """Yield ("file:line", value) from JSONL or from one JSON array (whose row number stands for the line)."""
-    from common.data.sources import read_text
+def read_text(path: str | Path) -> str:
+    """A UTF-8 text file, gzip-compressed if its name ends in .gz. Raises UserError if it cannot be read."""
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"no file {path}.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; convert the file to UTF-8.") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read: {error}.") from None
 
+
+def json_rows(path: Path, bad: BadRows) -> Iterator[tuple[str, Any]]:
+    """Yield ("file:line", value) for each row of JSONL, or of one JSON array."""
     text = read_text(path)
     if text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno}: not a JSON array: {error.msg}.") from None
-        yield from ((f"{path}:row {number}", row) for number, row in enumerate(rows, 1))
+        yield from _array_rows(path, text)
         return
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            yield f"{path}:{number}", json.loads(line)
+            value = json.loads(line)
         except json.JSONDecodeError as error:
             bad.add(f"{path}:{number}", f"not JSON: {error.msg}", "not JSON")
+            continue
+        yield f"{path}:{number}", value
+
+
+def _array_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}:{error.lineno}: not a JSON array: {error.msg}. Mend it, or use JSONL."
+        ) from None
+    decoder, at, line = json.JSONDecoder(), text.index("[") + 1, 1 + text.count("\n", 0, text.index("["))
+    while True:
+        start = _next_value(text, at)
+        if text[start] == "]":
+            return
+        line += text.count("\n", at, start)
+        value, at = decoder.raw_decode(text, start)
+        yield f"{path}:{line}", value
+        line += text.count("\n", start, at)
+
+
+def _next_value(text: str, at: int) -> int:
+    while text[at] in " \t\r\n,":
+        at += 1
+    return at
 
 
 def parse_triples(path: str | Path, on_bad_row: OnBadRow = "error") -> tuple[list[Triple], dict[str, int]]:
@@ -165,13 +201,12 @@ def parse_triple(row: Any) -> Triple:
     query = row.get("query")
     if not isinstance(query, str) or not query.strip():
         raise ValueError("'query' must be a text that is not empty")
-    positives = _texts_of(row, "positive")
+    positives, negatives = _texts_of(row, "positive"), _texts_of(row, "negative")
     if not positives:
         raise ValueError("'positive' has no passage")
-    negatives = _texts_of(row, "negative")
     both = set(positives) & set(negatives)
     if both:
-        raise ValueError(f"passage {sorted(both)[0][:40]!r} is both positive and negative")
+        raise ValueError(f"passage {min(both)[:40]!r} is both positive and negative")
     return Triple(query.strip(), positives, negatives, _grades_of(row, len(positives)))
 
 
@@ -182,38 +217,42 @@ def _texts_of(row: Mapping[str, Any], key: str) -> tuple[str, ...]:
         raise ValueError(f"{key!r} must be a text or a list of texts")
     if not all(text.strip() for text in values):
         raise ValueError(f"{key!r} holds an empty passage")
-    return tuple(dict.fromkeys(text.strip() for text in values))
+    return tuple(text.strip() for text in values)
 
 
 def _grades_of(row: Mapping[str, Any], count: int) -> tuple[int, ...]:
-    """`scores`: one integer grade above 0 for each positive; 1 without it."""
+    """`scores`: a whole-number grade above 0 for each positive; 1 without it."""
     scores = row.get("scores")
     if scores is None:
         return (1,) * count
     scores = scores if isinstance(scores, list | tuple) else [scores]
-    if len(scores) != count or not all(type(s) in (int, float) and s == int(s) and s > 0 for s in scores):
-        raise ValueError(f"'scores' must be {count} whole number(s) above 0, one for each distinct positive")
+    if len(scores) != count or not all(type(s) in (int, float) and s > 0 and s % 1 == 0 for s in scores):
+        raise ValueError(f"'scores' must be {count} whole number(s) above 0, one for each positive")
     return tuple(int(s) for s in scores)
 
 
-def triples_data(name: str, rows: tuple[list[Triple], dict[str, int]]) -> RankingData:
-    """Ranking data whose corpus is every passage of the triples, all in split "train"."""
-    triples, dropped = rows
+def triples_data(name: str, splits: Mapping[str, list[Triple]], dropped: dict[str, int]) -> RankingData:
+    """Ranking data whose corpus is every passage of the triples; ids are hashes of the texts.
+
+    Rows of one query are one query; a passage that one row calls positive is no negative of that query.
+    """
     corpus: dict[str, str] = {}
     queries: dict[str, str] = {}
-    qrels: Qrels = {}
+    qrels: dict[str, Qrels] = {split: {} for split in splits}
     negatives: dict[str, dict[str, None]] = {}
-    for triple in triples:
-        query = _keep(queries, "q", triple.query)
-        grades = qrels.setdefault(query, {})
-        for passage, grade in zip(triple.positives, triple.grades, strict=True):
-            key = _keep(corpus, "p", passage)
-            grades[key] = max(grade, grades.get(key, 0))
-        negatives.setdefault(query, {}).update({_keep(corpus, "p", text): None for text in triple.negatives})
-    given = {q: tuple(p for p in found if p not in qrels[q]) for q, found in negatives.items()}
-    return RankingData(
-        name, corpus, queries, {"train": qrels}, {q: found for q, found in given.items() if found}, dropped
-    )
+    for split, triples in splits.items():
+        for triple in triples:
+            query = _keep(queries, "q", triple.query)
+            grades = qrels[split].setdefault(query, {})
+            for text, grade in zip(triple.positives, triple.grades, strict=True):
+                passage = _keep(corpus, "p", text)
+                grades[passage] = max(grade, grades.get(passage, 0))
+            negatives.setdefault(query, {}).update(
+                {_keep(corpus, "p", text): None for text in triple.negatives}
+            )
+    relevant = {(q, p) for part in qrels.values() for q, grades in part.items() for p in grades}
+    given = {q: tuple(p for p in found if (q, p) not in relevant) for q, found in negatives.items()}
+    return RankingData(name, corpus, queries, qrels, {q: p for q, p in given.items() if p}, dropped)
 
 
 def _keep(texts: dict[str, str], prefix: str, text: str) -> str:

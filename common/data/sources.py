@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from common.data.records import (
     BadRows,
@@ -15,13 +16,17 @@ from common.data.records import (
     Qrels,
     RankingData,
     Run,
+    Triple,
     json_rows,
+    parse_triple,
     parse_triples,
+    read_text,
     triples_data,
 )
 from common.errors import UserError
 
 SPLIT_NAMES = {"qrels": "test", "valid": "dev", "validation": "dev", "val": "dev", "development": "dev"}
+TRIPLE_COLUMNS = {"query": ("query", "anchor", "question"), "positive": ("positive", "answer", "passage")}
 
 
 def load_ranking_data(
@@ -48,9 +53,15 @@ def load_ranking_data(
 
         return build_pydocs()
     if path.is_dir():
-        data = _load_folder(path, BadRows(on_bad_row))
+        hub_layout = not _one_of(path, "corpus") and [*path.rglob("*.parquet"), *path.rglob("*.jsonl")]
+        data = (
+            _load_hub(str(path), on_bad_row, cache_dir)
+            if hub_layout
+            else _load_folder(path, BadRows(on_bad_row))
+        )
     elif path.is_file():
-        data = triples_data(path.stem, parse_triples(path, on_bad_row))
+        triples, dropped = parse_triples(path, on_bad_row)
+        data = triples_data(path.name.split(".")[0], {"train": triples}, dropped)
     elif path.suffix in (".jsonl", ".json", ".gz") or name.startswith((".", "/", "~")):
         raise UserError(
             f"no file or folder {path}. Give an existing path, 'pydocs', or a hub dataset's name."
@@ -111,8 +122,8 @@ def _load_folder(folder: Path, bad: BadRows) -> RankingData:
             f"{folder}: not a BEIR or TREC folder, it lacks {', '.join(missing)}. "
             "Expected corpus.jsonl, queries.jsonl and qrels/<split>.tsv (or <split>.qrels, qrels.txt)."
         )
-    corpus = _texts(corpus_file, bad, "passage")
-    queries = _texts(queries_file, bad, "query")
+    corpus = _texts(json_rows(corpus_file, bad), bad, "passage")
+    queries = _texts(json_rows(queries_file, bad), bad, "query")
     qrels = {split: _judgements(path, bad) for split, path in qrels_files.items()}
     if bad.skip:
         qrels = {split: _known(part, corpus, queries, bad) for split, part in qrels.items()}
@@ -137,11 +148,11 @@ def _qrels_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _texts(path: Path, bad: BadRows, what: str) -> dict[str, str]:
-    """Id -> text of a BEIR file; the title comes first, joined by one space."""
+def _texts(rows: Iterable[tuple[str, Any]], bad: BadRows, what: str) -> dict[str, str]:
+    """Id -> text of BEIR rows; the title comes first, joined by one space."""
     found: dict[str, str] = {}
-    for where, row in json_rows(path, bad):
-        fields = row if isinstance(row, dict) else {}
+    for where, row in rows:
+        fields = row if isinstance(row, Mapping) else {}
         identity, text, title = (
             fields.get("_id", fields.get("id")),
             fields.get("text"),
@@ -173,20 +184,6 @@ def _known(qrels: Qrels, corpus: Mapping[str, str], queries: Mapping[str, str], 
 
 
 # --- judgements and runs ---
-
-
-def read_text(path: str | Path) -> str:
-    """A UTF-8 text file, gzip-compressed if its name ends in .gz. Raises UserError if it cannot be read."""
-    path = Path(path)
-    try:
-        raw = path.read_bytes()
-        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"no file {path}.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; convert the file to UTF-8.") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read: {error}.") from None
 
 
 def read_tsv_qrels(path: str | Path) -> Qrels:
@@ -240,9 +237,12 @@ def _trec_judgement(line: str) -> tuple[str, str, int]:
 
 def _grade(text: str) -> int:
     try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"the grade {text.strip()!r} is not an integer") from None
+        grade = float(text)
+        if grade == int(grade):
+            return int(grade)
+    except (ValueError, OverflowError):
+        pass
+    raise ValueError(f"the grade {text.strip()!r} is not a whole number")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -258,19 +258,32 @@ def read_trec_run(path: str | Path) -> Run:
         fields = line.split()
         try:
             query, _, passage, _, score, _ = fields
-            run.setdefault(query, {})[passage] = float(score)
+            if not math.isfinite(float(score)):
+                raise ValueError
         except ValueError:
             what = f"expected `query Q0 passage rank score tag` with a number as score, found {line!r}"
             bad.add(f"{path}:{number}", what, "not a run line")
+            continue
+        if passage in run.setdefault(query, {}):
+            bad.add(f"{path}:{number}", f"passage {passage!r} twice for query {query!r}", "repeated passage")
+        run[query][passage] = float(score)
     bad.raise_if_any()
     return run
 
 
 def write_trec_run(run: Run, path: str | Path, tag: str) -> None:
-    """Write a run in TREC form, best first, ties by passage id; gzip-compressed when the name ends in .gz."""
+    """Write a run in TREC form, best first, ties by passage id; gzip-compressed when the name ends in .gz.
+
+    Raises UserError for an id with white space, which the format cannot hold.
+    """
     lines = []
     for query, scores in run.items():
         ordered = sorted(scores, key=lambda passage: (-scores[passage], passage))
+        spaced = [identity for identity in (query, *ordered) if len(identity.split()) != 1]
+        if spaced:
+            raise UserError(
+                f"{path}: the id {spaced[0]!r} is empty or has white space; rename it in the data."
+            )
         for rank, passage in enumerate(ordered, 1):
             lines.append(f"{query} Q0 {passage} {rank} {float(scores[passage])!r} {tag}\n")
     raw = "".join(lines).encode()
@@ -281,4 +294,93 @@ def write_trec_run(run: Run, path: str | Path, tag: str) -> None:
 
 
 def _load_hub(name: str, on_bad_row: OnBadRow, cache_dir: str | Path | None) -> RankingData:
-    raise UserError(f"{name}: not found")
+    """A hub dataset, `owner/name` or `owner/name:config`, or a local folder of its Parquet or JSON files."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{name}: hub datasets need the library `datasets`: pip install 'resonance[hub]'."
+        ) from None
+    place, _, config = (name, "", "") if Path(name).exists() else name.partition(":")
+    cache = None if cache_dir is None else str(cache_dir)
+
+    def load(repository: str, part: str | None) -> Mapping[str, Iterable[Mapping[str, Any]]]:
+        return datasets.load_dataset(repository, part, cache_dir=cache)
+
+    try:
+        configs = set() if config else set(datasets.get_dataset_config_names(place))
+        if {"corpus", "queries"} <= configs:
+            parts = load(place, "corpus"), load(place, "queries")
+            qrels = load(place, "default") if "default" in configs else load(f"{place}-qrels", None)
+            return _hub_collection(name, *parts, qrels, BadRows(on_bad_row))
+        return _hub_triples(name, load(place, config or None), BadRows(on_bad_row))
+    except (OSError, ValueError) as error:  # not found, not reachable, or a config that is missing
+        raise UserError(
+            f"data {name!r}: not found. Tried the path {Path(name).expanduser().absolute()} and the hub dataset "
+            f"{place!r} ({type(error).__name__}: {error}). Check the spelling and the network, or give 'pydocs', "
+            "a .jsonl file of triples, or a BEIR folder."
+        ) from error
+
+
+def _hub_triples(name: str, splits: Mapping[str, Iterable[Mapping[str, Any]]], bad: BadRows) -> RankingData:
+    """Columns query, positive, negative or negative_1, negative_2, ... (sentence-transformers' habit)."""
+    triples: dict[str, list[Triple]] = {}
+    for split, rows in splits.items():
+        found = triples.setdefault(SPLIT_NAMES.get(split, split), [])
+        for number, row in enumerate(rows, 1):
+            try:
+                found.append(parse_triple(_triple_columns(row)))
+            except ValueError as error:
+                bad.add(f"{name}:{split}:{number}", str(error), "bad triple")
+    bad.raise_if_any()
+    return triples_data(name, triples, dict(bad.dropped))
+
+
+def _triple_columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    columns: dict[str, Any] = {}
+    for field, names in TRIPLE_COLUMNS.items():
+        given = [column for column in names if row.get(column) is not None]
+        if len(given) > 1:
+            raise ValueError(f"columns {' and '.join(given)} both stand for {field!r}")
+        if given:
+            columns[field] = row[given[0]]
+    negatives = [row[c] for c in row if c.startswith("negative") and row[c] is not None]
+    columns["negative"] = [text for n in negatives for text in ([n] if isinstance(n, str) else n)]
+    if not {"query", "positive"} <= set(columns):
+        raise ValueError(
+            f"columns {', '.join(row)}: expected query ({', '.join(TRIPLE_COLUMNS['query'])}) and positive "
+            f"({', '.join(TRIPLE_COLUMNS['positive'])})"
+        )
+    return columns
+
+
+def _hub_collection(
+    name: str,
+    corpus: Mapping[str, Iterable[Mapping[str, Any]]],
+    queries: Mapping[str, Iterable[Mapping[str, Any]]],
+    judgements: Mapping[str, Iterable[Mapping[str, Any]]],
+    bad: BadRows,
+) -> RankingData:
+    """BEIR on the hub: corpus and queries of _id, title, text; judgements query-id, corpus-id, score."""
+    passages = _texts(_numbered(f"{name}:corpus", corpus), bad, "passage")
+    asked = _texts(_numbered(f"{name}:queries", queries), bad, "query")
+    qrels: dict[str, Qrels] = {}
+    for split, rows in judgements.items():
+        found = qrels.setdefault(SPLIT_NAMES.get(split, split), {})
+        for where, row in _numbered(name, {split: rows}):
+            try:
+                grade = max(_grade(str(row["score"])), 0)
+                found.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = grade
+            except (KeyError, ValueError) as error:
+                bad.add(where, f"expected query-id, corpus-id, score: {error}", "not a judgement")
+    if bad.skip:
+        qrels = {split: _known(part, passages, asked, bad) for split, part in qrels.items()}
+    bad.raise_if_any()
+    return RankingData(name, passages, asked, qrels, dropped=dict(bad.dropped))
+
+
+def _numbered(
+    name: str, splits: Mapping[str, Iterable[Mapping[str, Any]]]
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for split, rows in splits.items():
+        yield from ((f"{name}:{split}:{number}", row) for number, row in enumerate(rows, 1))
