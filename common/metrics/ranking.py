@@ -48,7 +48,7 @@ def _measure(name: str):  # type: ignore[no-untyped-def]  # ir-measures has no t
         return ir_measures.parse_measure(name)
     except (NameError, ValueError, SyntaxError, KeyError, TypeError) as error:
         raise UserError(
-            f"unknown metric {name!r}; allowed are ir-measures' names, such as nDCG@10, RR@10, AP, R@50, Success@1"
+            f"unknown metric {name!r}; use an ir-measures name: nDCG@10, RR@10, AP, R@50, Success@1"
         ) from error
 
 

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from common.data.records import Qrels, Run
 from common.metrics.ranking import evaluate_run, mean, ranked
 
-OMEGA_GRID = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0)
+OMEGA_GRID = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
 
 
 def rrf(runs: Sequence[Run], k: float = 60.0, depth: int = 100) -> Run:

@@ -1,0 +1,123 @@
+"""The one lazy resolver: a model's name or directory -> an Encoder or Scorer of an installed backend."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.checkpoint import surviving
+from common.errors import UserError
+from common.hub import resolve_model
+
+# backend -> the framework that must be installed, the module that loads models, what to install
+_BACKENDS = {
+    "jax": ("jax", "jax_impl.scoring", "pip install -e ."),
+    "mlx": ("mlx", "mlx_impl.scoring", "pip install -e '.[mlx]'"),
+}
+# What the scores of a checkpoint depend on; the card and the training log do not count.
+_CONTENT = ("*.safetensors", "*.json", "*.txt", "*.model")
+_NOT_CONTENT = {"training.json"}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of N pairs, each float32 [N]: full score, portable score, resonance in [-1, 1] and its two factors, the
+    overlap of the magnitudes and the coherence of the phases, in [0, 1]."""
+
+    score: NDArray[np.float32]
+    portable: NDArray[np.float32]
+    resonance: NDArray[np.float32]
+    overlap: NDArray[np.float32]
+    coherence: NDArray[np.float32]
+
+
+class Encoder(Protocol):
+    """A bi-encoder. `identity` changes whenever its vectors may: caches are keyed by it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def identity(self) -> str: ...
+    @property
+    def dim(self) -> int: ...
+    def encode(
+        self, texts: Sequence[str], *, kind: Literal["query", "passage"]
+    ) -> NDArray[np.float32]: ...  # [N, D], unit norm
+
+
+class Scorer(Protocol):
+    """A cross-encoder. `fusion_weight` is its omega >= 0; `identity` changes whenever its scores may."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def identity(self) -> str: ...
+    @property
+    def fusion_weight(self) -> float: ...
+    def score(self, queries: Sequence[str], passages: Sequence[str]) -> Scores: ...
+
+
+def load_encoder(
+    path_or_name: str | Path, backend: str = "auto", *, say: Callable[[str], None] = print
+) -> Encoder:
+    """The bi-encoder in a directory or of a name that `common.hub` finds. Raises UserError."""
+    encoder: Encoder = _module(backend).load_encoder(resolve_model(path_or_name, say=say))
+    return encoder
+
+
+def load_scorer(
+    path_or_name: str | Path, backend: str = "auto", *, say: Callable[[str], None] = print
+) -> Scorer:
+    """The cross-encoder in a directory or of a name that `common.hub` finds. Raises UserError."""
+    scorer: Scorer = _module(backend).load_scorer(resolve_model(path_or_name, say=say))
+    return scorer
+
+
+def checkpoint_identity(directory: str | Path, *settings: object) -> str:
+    """16 hex digits of the SHA-256 of a checkpoint's tensors, configs and tokenizer, and of what else the
+    caller says its output depends on (lengths, precision). Names and places of directories do not count."""
+    directory = surviving(directory)
+    digest = hashlib.sha256(repr(settings).encode())
+    files = {path for pattern in _CONTENT for path in directory.glob(pattern)}
+    for path in sorted(file for file in files if file.name not in _NOT_CONTENT):
+        digest.update(f"{path.name}:{path.stat().st_size}\n".encode())
+        with open(path, "rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def _module(backend: str) -> Any:
+    if backend == "auto":
+        backend = _preferred()
+    if backend not in _BACKENDS:
+        raise UserError(f"unknown backend {backend!r}; allowed: auto, {', '.join(_BACKENDS)}")
+    if not _installed(backend):
+        raise UserError(
+            f"backend {backend!r} is not installed here; install it with `{_BACKENDS[backend][2]}`"
+        )
+    return importlib.import_module(_BACKENDS[backend][1])
+
+
+def _preferred() -> str:
+    """On Apple Silicon MLX first, elsewhere JAX first."""
+    apple = platform.system() == "Darwin" and platform.machine() == "arm64"
+    for backend in ("mlx", "jax") if apple else ("jax", "mlx"):
+        if _installed(backend):
+            return backend
+    choices = "; ".join(f"{name}: `{install}`" for name, (_, _, install) in _BACKENDS.items())
+    raise UserError(f"no backend is installed; install one of them. {choices}")
+
+
+def _installed(backend: str) -> bool:
+    framework, module, _ = _BACKENDS[backend]
+    # in this order: looking for a submodule imports its package
+    return all(importlib.util.find_spec(name) for name in (framework, module.split(".")[0], module))

@@ -1,0 +1,385 @@
+"""First stages and rerankers in one table: values with intervals, paired tests against the first stage."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from common.backends import Scorer, Scores
+from common.cache import read_cache, write_cache
+from common.data.records import Qrels, RankingData, Run
+from common.errors import UserError
+from common.metrics.ranking import DEFAULT_METRICS, evaluate_run, mean, ranked
+from common.metrics.significance import bootstrap_interval, paired_randomisation
+from common.progress import Steps
+from common.retrieval.fusion import fuse_runs
+
+Kind = Literal["first stage", "alone", "fused", "portable"]
+SAMPLES = 10_000  # draws of every test and interval
+_CHUNK = 2048  # pairs scored between two writes of the cache
+_FIELDS = ("score", "portable", "resonance", "overlap", "coherence")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Paired, over queries: mean difference with its interval, randomisation p, shares of queries."""
+
+    difference: float
+    interval: tuple[float, float]
+    p: float
+    worse: float
+    better: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One ranking of a pool's candidates. `model` is empty for the first stage itself."""
+
+    pool: str
+    model: str
+    kind: Kind
+    omega: float | None
+    values: dict[str, dict[str, float]]  # metric -> query -> value
+    means: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    versus_first: dict[str, Comparison] = field(
+        default_factory=dict
+    )  # metric -> against the pool's first stage
+    versus_best: Comparison | None = None  # first metric, against the best first stage
+
+    @property
+    def label(self) -> str:
+        if not self.model:
+            return self.kind
+        return f"{self.model}, {self.kind}" + (f" ω={self.omega:g}" if self.omega is not None else "")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two checkpoints over the same candidates: `a` minus `b` on the first metric."""
+
+    pool: str
+    kind: Kind
+    a: str
+    b: str
+    comparison: Comparison
+
+
+@dataclass(frozen=True)
+class Table:
+    """An evaluation; `rows` hold the first stages, then for each pool every checkpoint."""
+
+    data: str
+    fingerprint: str
+    split: str
+    queries: int
+    depth: int
+    metrics: tuple[str, ...]
+    best_first_stage: str
+    seed: int
+    rows: list[Row]
+    pairs: list[Pair]
+
+    def text(self, width: int = 150) -> str:
+        """The table for a terminal, with the number of queries, the depth and what the columns mean."""
+        from rich.console import Console
+
+        out = io.StringIO()
+        console = Console(file=out, width=width, highlight=False, markup=False, no_color=True)
+        console.print(self._heading())
+        console.print(_rows_table(self))
+        console.print(self._legend())
+        if self.pairs:
+            console.print(_pairs_table(self))
+        return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+    def json(self) -> dict[str, Any]:
+        """Everything but the values of single queries, ready for a JSON file."""
+        stored = asdict(replace(self, rows=[replace(row, values={}) for row in self.rows]))
+        for row in stored["rows"]:
+            del row["values"]
+        return {**stored, "samples": SAMPLES, "interval_level": 0.95}
+
+    def per_query(self) -> Iterator[tuple[str, ...]]:
+        """Rows of a TSV file, first the header: query, pool, model, ranking, metric, value."""
+        yield "query", "pool", "model", "ranking", "metric", "value"
+        for row in self.rows:
+            for metric, values in row.values.items():
+                for query, value in values.items():
+                    yield query, row.pool, row.model, row.kind, metric, f"{value:.6f}"
+
+    def _heading(self) -> str:
+        return (
+            f"{self.data} {self.split}: {self.queries:,} queries, top {self.depth} of each first stage, "
+            f"data {self.fingerprint}"
+        )
+
+    def _legend(self) -> str:
+        return (
+            f"Δ, p, better and worse (shares of queries): {self.metrics[0]} against the first stage of the "
+            f"same candidates; p best: against {self.best_first_stage}, the best first stage. Brackets: "
+            f"bootstrap over queries; p: two-sided paired randomisation; {SAMPLES:,} draws, seed {self.seed}."
+        )
+
+
+def evaluate(
+    data: RankingData,
+    split: str,
+    first_stage_runs: Mapping[str, Run],
+    scorers: Sequence[Scorer] = (),
+    *,
+    depth: int = 50,
+    pools: Sequence[str] = ("rrf",),
+    cache_dir: str | Path | None = None,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    qrels: Qrels | None = None,
+    seed: int = 0,
+) -> Table:
+    """Rerank the top `depth` of each pool (names in `first_stage_runs`) by every scorer and compare.
+
+    Every ranking, first stages included, is cut to `depth`; a query without candidates counts as 0. `qrels`
+    replaces the split's judgements when the official ones name passages outside the corpus (the ideal DCG
+    needs them). Pair scores are computed once per (query, passage) over all pools and kept in `cache_dir`.
+    The first metric decides which first stage is best. Raises UserError for an unknown pool or unknown ids.
+    """
+    qrels = data.split(split) if qrels is None else qrels
+    stages = _cut(first_stage_runs, qrels, depth)
+    _check(data, qrels, stages, pools)
+    rows = [_row(run, qrels, metrics, seed, pool=name) for name, run in stages.items()]
+    firsts = {row.pool: row for row in rows}
+    best = max(rows, key=lambda row: row.means[metrics[0]])
+    rows = [_compared(row, row, best, metrics, seed) for row in rows]
+    pairs = _union([stages[pool] for pool in pools])
+    names = _distinct_names(scorers)
+    scored = [score_pairs(scorer, data, pairs, cache_dir) for scorer in scorers]
+    for pool in pools:
+        for name, scorer, scores in zip(names, scorers, scored, strict=True):
+            for kind, run in _rankings(stages[pool], scores, scorer.fusion_weight):
+                omega = scorer.fusion_weight if kind == "fused" else None
+                row = _row(run, qrels, metrics, seed, pool=pool, model=name, kind=kind, omega=omega)
+                rows.append(_compared(row, firsts[pool], best, metrics, seed))
+    return Table(
+        data=data.name,
+        fingerprint=data.fingerprint,
+        split=split,
+        queries=len(qrels),
+        depth=depth,
+        metrics=tuple(metrics),
+        best_first_stage=best.pool,
+        seed=seed,
+        rows=rows,
+        pairs=_pairs(rows, metrics[0], seed),
+    )
+
+
+def score_pairs(
+    scorer: Scorer,
+    data: RankingData,
+    pairs: Mapping[str, Sequence[str]],
+    cache_dir: str | Path | None = None,
+) -> dict[str, Run]:
+    """Field of `Scores` -> query id -> passage id -> value, for the passages of each query in `pairs`.
+
+    Only pairs that the cache lacks are scored, from the longest to the shortest; the cache is written as they
+    come, so an interrupted evaluation goes on where it stopped. Raises UserError for a score not finite.
+    """
+    path = Path(cache_dir) / f"scores-{data.fingerprint}-{scorer.identity}.npz" if cache_dir else None
+    known = read_cache(path, _read_scores) if path is not None and path.exists() else {}
+    missing = [(query, p) for query, passages in pairs.items() for p in passages if (query, p) not in known]
+    missing.sort(key=lambda pair: -len(data.queries[pair[0]]) - len(data.corpus[pair[1]]))
+    with Steps(len(missing), f"{scorer.name}: pairs scored") as steps:
+        for start in range(0, len(missing), _CHUNK):
+            chunk = missing[start : start + _CHUNK]
+            known |= _score_chunk(scorer, data, chunk)
+            if path is not None:
+                write_cache(path, _scores_bytes(known))
+            steps.advance(len(chunk))
+    return {
+        name: {
+            query: {passage: float(known[query, passage][place]) for passage in passages}
+            for query, passages in pairs.items()
+        }
+        for place, name in enumerate(_FIELDS)
+    }
+
+
+def _score_chunk(
+    scorer: Scorer, data: RankingData, chunk: Sequence[tuple[str, str]]
+) -> dict[tuple[str, str], np.ndarray]:
+    scores: Scores = scorer.score(
+        [data.queries[query] for query, _ in chunk], [data.corpus[passage] for _, passage in chunk]
+    )
+    values = np.stack([getattr(scores, name) for name in _FIELDS], axis=1)  # [N, 5]
+    broken = ~np.isfinite(values[:, :2]).all(axis=1)
+    if broken.any():
+        query, passage = chunk[int(np.argmax(broken))]
+        raise UserError(
+            f"{scorer.name}: {int(broken.sum())} of {len(chunk)} scores are not finite, the first for query "
+            f"{query}, passage {passage}. The checkpoint is damaged or diverged in training: use another."
+        )
+    return dict(zip(chunk, values, strict=True))
+
+
+def _scores_bytes(known: Mapping[tuple[str, str], np.ndarray]) -> bytes:
+    buffer = io.BytesIO()
+    queries, passages = zip(*known, strict=True)
+    values = np.stack(list(known.values())).astype(np.float32)
+    np.savez(buffer, queries=np.array(queries), passages=np.array(passages), values=values)
+    return buffer.getvalue()
+
+
+def _read_scores(path: Path) -> dict[tuple[str, str], np.ndarray]:
+    with np.load(path, allow_pickle=False) as stored:
+        keys = zip(stored["queries"].tolist(), stored["passages"].tolist(), strict=True)
+        return dict(zip(keys, stored["values"], strict=True))
+
+
+def _cut(runs: Mapping[str, Run], qrels: Qrels, depth: int) -> dict[str, Run]:
+    return {
+        name: {
+            query: {p: run[query][p] for p in ranked(run[query], depth)} for query in qrels if query in run
+        }
+        for name, run in runs.items()
+    }
+
+
+def _check(data: RankingData, qrels: Qrels, stages: Mapping[str, Run], pools: Sequence[str]) -> None:
+    if not qrels or not stages:
+        raise UserError(
+            f"{data.name}: nothing to evaluate, {len(qrels)} queries and {len(stages)} first stages"
+        )
+    for pool in pools:
+        if pool not in stages:
+            raise UserError(f"unknown pool {pool!r}; the first stages are {', '.join(stages)}")
+        if not any(stages[pool].values()):
+            raise UserError(f"pool {pool}: no candidates for any of the {len(qrels)} queries of {data.name}")
+        for query, candidates in stages[pool].items():
+            lost = [passage for passage in candidates if passage not in data.corpus]
+            if query not in data.queries or lost:
+                what = f"passage {lost[0]}" if lost else "its text"
+                raise UserError(f"pool {pool}, query {query}: {what} is not in {data.name}")
+
+
+def _union(runs: Sequence[Run]) -> dict[str, list[str]]:
+    union: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for query, candidates in run.items():
+            union.setdefault(query, {}).update(dict.fromkeys(candidates))
+    return {query: list(passages) for query, passages in union.items()}
+
+
+def _distinct_names(scorers: Sequence[Scorer]) -> list[str]:
+    counts = Counter(scorer.name for scorer in scorers)
+    return [s.name if counts[s.name] == 1 else f"{s.name} {s.identity[:6]}" for s in scorers]
+
+
+def _rankings(stage: Run, scores: Mapping[str, Run], omega: float) -> Iterator[tuple[Kind, Run]]:
+    """The candidates of `stage` by the full score, by that fused with the stage, by the portable score."""
+
+    def of(name: str) -> Run:
+        return {query: {p: scores[name][query][p] for p in candidates} for query, candidates in stage.items()}
+
+    yield "alone", of("score")
+    yield "fused", fuse_runs(stage, of("score"), omega)
+    yield "portable", of("portable")
+
+
+def _row(
+    run: Run,
+    qrels: Qrels,
+    metrics: Sequence[str],
+    seed: int,
+    *,
+    pool: str,
+    model: str = "",
+    kind: Kind = "first stage",
+    omega: float | None = None,
+) -> Row:
+    values = evaluate_run(run, qrels, metrics)
+    means = {metric: mean(values[metric]) for metric in metrics}
+    intervals = {m: bootstrap_interval(list(values[m].values()), n=SAMPLES, seed=seed) for m in metrics}
+    return Row(pool, model, kind, omega, values, means, intervals)
+
+
+def _compared(row: Row, first: Row, best: Row, metrics: Sequence[str], seed: int) -> Row:
+    """The row with its comparisons; a first stage is compared with the best one only."""
+    versus_first = (
+        {} if row is first else {m: _compare(row.values[m], first.values[m], seed) for m in metrics}
+    )
+    versus_best = None if row is best else _compare(row.values[metrics[0]], best.values[metrics[0]], seed)
+    return replace(row, versus_first=versus_first, versus_best=versus_best)
+
+
+def _compare(values: Mapping[str, float], others: Mapping[str, float], seed: int) -> Comparison:
+    a = np.array([values[query] for query in values])
+    b = np.array([others[query] for query in values])
+    return Comparison(
+        difference=float(np.mean(a - b)),
+        interval=bootstrap_interval(a, b, n=SAMPLES, seed=seed),
+        p=paired_randomisation(a, b, n=SAMPLES, seed=seed),
+        worse=float(np.mean(a < b - 1e-9)),
+        better=float(np.mean(a > b + 1e-9)),
+    )
+
+
+def _pairs(rows: Sequence[Row], metric: str, seed: int) -> list[Pair]:
+    reranked = [row for row in rows if row.model]
+    return [
+        Pair(a.pool, a.kind, a.model, b.model, _compare(a.values[metric], b.values[metric], seed))
+        for a, b in combinations(reranked, 2)
+        if (a.pool, a.kind) == (b.pool, b.kind)
+    ]
+
+
+def _rows_table(table: Table) -> Any:
+    from rich.table import Table as Grid
+
+    first, *others = table.metrics
+    grid = Grid(box=None, pad_edge=False, header_style="")
+    grid.add_column("candidates")
+    grid.add_column("ranking", overflow="fold")
+    for name in (f"{first} [95%]", *others, "Δ [95%]", "p", "p best", "better", "worse"):
+        grid.add_column(name, justify="right", no_wrap=True)
+    for row in table.rows:
+        against = row.versus_first.get(first)
+        grid.add_row(
+            row.pool,
+            row.label,
+            f"{row.means[first]:.3f} {_bracket(row.intervals[first])}",
+            *(f"{row.means[metric]:.3f}" for metric in others),
+            f"{against.difference:+.3f} {_bracket(against.interval, '+')}" if against else "",
+            _p(against.p) if against else "",
+            _p(row.versus_best.p) if row.versus_best else "",
+            *(f"{share:.0%}" for share in ((against.better, against.worse) if against else ())),
+        )
+    return grid
+
+
+def _pairs_table(table: Table) -> Any:
+    from rich.table import Table as Grid
+
+    grid = Grid(box=None, pad_edge=False, header_style="", title="checkpoints against each other, a − b")
+    for name in ("candidates", "ranking", "a", "b"):
+        grid.add_column(name, overflow="fold")
+    for name in (f"Δ {table.metrics[0]} [95%]", "p"):
+        grid.add_column(name, justify="right", no_wrap=True)
+    for pair in table.pairs:
+        difference = pair.comparison
+        shown = f"{difference.difference:+.3f} {_bracket(difference.interval, '+')}"
+        grid.add_row(pair.pool, pair.kind, pair.a, pair.b, shown, _p(difference.p))
+    return grid
+
+
+def _bracket(interval: tuple[float, float], sign: str = "") -> str:
+    return f"[{interval[0]:{sign}.3f}, {interval[1]:{sign}.3f}]"
+
+
+def _p(p: float) -> str:
+    return f"<{1 / SAMPLES:.4f}" if p < 1.5 / SAMPLES else f"{p:.4f}"

@@ -1,0 +1,86 @@
+"""Dense retrieval: an encoder's vectors, searched exactly by faiss; the corpus is embedded once."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.backends import Encoder
+from common.cache import read_cache, write_cache
+from common.data.records import Run
+from common.errors import UserError
+from common.progress import Steps
+
+_CHUNK = 1024  # texts between two signs of progress
+
+
+def dense_run(
+    corpus: Mapping[str, str],
+    queries: Mapping[str, str],
+    encoder: Encoder,
+    depth: int,
+    cache_dir: str | Path | None = None,
+    fingerprint: str = "",
+) -> Run:
+    """The `depth` passages of each query with the highest inner product, exact search.
+
+    With a `cache_dir` the passages' vectors are kept there as .npy, keyed by `fingerprint` (of the corpus)
+    and the encoder's identity.
+    """
+    import faiss
+
+    ids = sorted(corpus)
+    vectors = passage_vectors(corpus, encoder, cache_dir, fingerprint)
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors)
+    wanted = list(queries)
+    if not wanted:
+        return {}
+    asked = embed([queries[query] for query in wanted], encoder, "query")
+    scores, places = index.search(asked, min(depth, len(ids)))  # [Q, depth]
+    return {
+        query: {ids[place]: float(score) for place, score in zip(row_places, row, strict=True)}
+        for query, row, row_places in zip(wanted, scores, places, strict=True)
+    }
+
+
+def passage_vectors(
+    corpus: Mapping[str, str], encoder: Encoder, cache_dir: str | Path | None = None, fingerprint: str = ""
+) -> NDArray[np.float32]:
+    """Vectors [N, D] of the passages in the order of their sorted ids, from the cache when it has them."""
+    texts = [corpus[passage] for passage in sorted(corpus)]
+    if cache_dir is None:
+        return embed(texts, encoder, "passage")
+    if not fingerprint:
+        raise ValueError("a cache needs the fingerprint of the corpus")
+    path = Path(cache_dir) / f"passages-{fingerprint}-{encoder.identity}.npy"
+    if path.exists():
+        vectors: NDArray[np.float32] = read_cache(path, lambda file: np.load(file, allow_pickle=False))
+        if vectors.shape != (len(texts), encoder.dim):
+            raise UserError(
+                f"{path}: holds {vectors.shape}, expected {(len(texts), encoder.dim)}. "
+                "Delete it; it is computed again."
+            )
+        return vectors
+    vectors = embed(texts, encoder, "passage")
+    buffer = io.BytesIO()
+    np.save(buffer, vectors)
+    write_cache(path, buffer.getvalue())
+    return vectors
+
+
+def embed(texts: Sequence[str], encoder: Encoder, kind: Literal["query", "passage"]) -> NDArray[np.float32]:
+    """Vectors [N, D] of the texts, in their order; encoded from the longest to the shortest."""
+    vectors = np.empty((len(texts), encoder.dim), np.float32)
+    order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))
+    with Steps(len(texts), f"{encoder.name}: {kind} vectors") as steps:
+        for start in range(0, len(order), _CHUNK):
+            places = order[start : start + _CHUNK]
+            vectors[places] = encoder.encode([texts[place] for place in places], kind=kind)
+            steps.advance(len(places))
+    return vectors
