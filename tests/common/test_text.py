@@ -109,11 +109,28 @@ def test_single_texts_fit_the_limit_with_their_special_tokens(bert: Path) -> Non
     assert len(long.ids) == 8 and long.ids[0] == CLS and long.ids[-1] == SEP
 
 
-def test_transformers_reads_a_saved_tokenizer_as_we_do(bert: Path, tmp_path: Path) -> None:
+def with_segments(directory: Path) -> Path:
+    """Add a tokenizer.json whose pairs have segments 0 and 1, and the settings that hubs serve with it."""
+    from tokenizers import BertWordPieceTokenizer, processors
+
+    tokenizer = BertWordPieceTokenizer(str(directory / "vocab.txt"))._tokenizer
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)],
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "BertTokenizer", "model_max_length": 512, "do_lower_case": True}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+@pytest.mark.parametrize("segments", [False, True], ids=["vocab.txt", "tokenizer.json"])
+def test_other_programs_read_a_saved_tokenizer_as_we_do(bert: Path, tmp_path: Path, segments: bool) -> None:
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
-    tokenizer = PairTokenizer(bert, 10, 20)
+    tokenizer = PairTokenizer(with_segments(bert) if segments else bert, 10, 20)
     saved = tmp_path / "saved"
     tokenizer.save(saved)
     ours = tokenizer.encode_pairs(["read a file"], ["open the path"])[0].ids.tolist()
@@ -121,11 +138,7 @@ def test_transformers_reads_a_saved_tokenizer_as_we_do(bert: Path, tmp_path: Pat
     encoded = theirs("read a file", "open the path")
     assert encoded["input_ids"] == ours
     assert "token_type_ids" not in encoded
-    assert (
-        theirs.model_max_length
-        == 33
-        == json.loads((saved / "tokenizer_config.json").read_text())["model_max_length"]
-    )
+    assert theirs.model_max_length == tokenizer.max_pair_length == 33
     bare = Tokenizer.from_file(str(saved / "tokenizer.json")).encode("read a file", "open the path")
     assert (bare.ids, set(bare.type_ids)) == (ours, {0})
     assert PairTokenizer(saved).encode_pairs(["read a file"], ["open the path"])[0].ids.tolist() == ours
