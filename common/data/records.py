@@ -153,9 +153,7 @@ def _array_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{error.lineno}: not a JSON array: {error.msg}. Mend it, or use JSONL."
-        ) from None
+        raise UserError(f"{path}:{error.lineno}: not a JSON array: {error.msg}. Mend it.") from None
     decoder, at, line = json.JSONDecoder(), text.index("[") + 1, 1 + text.count("\n", 0, text.index("["))
     while True:
         start = _next_value(text, at)
@@ -247,12 +245,11 @@ def triples_data(name: str, splits: Mapping[str, list[Triple]], dropped: dict[st
             for text, grade in zip(triple.positives, triple.grades, strict=True):
                 passage = _keep(corpus, "p", text)
                 grades[passage] = max(grade, grades.get(passage, 0))
-            negatives.setdefault(query, {}).update(
-                {_keep(corpus, "p", text): None for text in triple.negatives}
-            )
+            given = negatives.setdefault(query, {})
+            given.update({_keep(corpus, "p", text): None for text in triple.negatives})
     relevant = {(q, p) for part in qrels.values() for q, grades in part.items() for p in grades}
-    given = {q: tuple(p for p in found if (q, p) not in relevant) for q, found in negatives.items()}
-    return RankingData(name, corpus, queries, qrels, {q: p for q, p in given.items() if p}, dropped)
+    useful = {q: tuple(p for p in given if (q, p) not in relevant) for q, given in negatives.items()}
+    return RankingData(name, corpus, queries, qrels, {q: p for q, p in useful.items() if p}, dropped)
 
 
 def _keep(texts: dict[str, str], prefix: str, text: str) -> str:

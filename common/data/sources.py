@@ -53,21 +53,18 @@ def load_ranking_data(
 
         return build_pydocs()
     if path.is_dir():
-        hub_layout = not _one_of(path, "corpus") and [*path.rglob("*.parquet"), *path.rglob("*.jsonl")]
-        data = (
-            _load_hub(str(path), on_bad_row, cache_dir)
-            if hub_layout
-            else _load_folder(path, BadRows(on_bad_row))
-        )
+        bad = BadRows(on_bad_row)
+        data = _load_hub(str(path), bad, cache_dir) if _is_hub_folder(path) else _load_folder(path, bad)
     elif path.is_file():
         triples, dropped = parse_triples(path, on_bad_row)
         data = triples_data(path.name.split(".")[0], {"train": triples}, dropped)
-    elif path.suffix in (".jsonl", ".json", ".gz") or name.startswith((".", "/", "~")):
+    elif "/" not in name or path.suffix in (".jsonl", ".json", ".gz") or name.startswith((".", "/", "~")):
         raise UserError(
-            f"no file or folder {path}. Give an existing path, 'pydocs', or a hub dataset's name."
+            f"data {name!r}: no file or folder {path.absolute()}, and the only built-in set is 'pydocs'. Hub "
+            "datasets are written owner/name. Check the spelling, or give a .jsonl file or a BEIR folder."
         )
     else:
-        data = _load_hub(name, on_bad_row, cache_dir)
+        data = _load_hub(name, BadRows(on_bad_row), cache_dir)
     return cut_splits(data, dev_fraction, test_fraction, seed).validate()
 
 
@@ -293,7 +290,13 @@ def write_trec_run(run: Run, path: str | Path, tag: str) -> None:
 # --- hub ---
 
 
-def _load_hub(name: str, on_bad_row: OnBadRow, cache_dir: str | Path | None) -> RankingData:
+def _is_hub_folder(folder: Path) -> bool:
+    """A downloaded hub dataset: Parquet or JSON lines, and no file of the BEIR or TREC layout."""
+    beir = _one_of(folder, "corpus") or _one_of(folder, "queries") or _qrels_files(folder)
+    return not beir and any(any(folder.rglob(pattern)) for pattern in ("*.parquet", "*.jsonl"))
+
+
+def _load_hub(name: str, bad: BadRows, cache_dir: str | Path | None) -> RankingData:
     """A hub dataset, `owner/name` or `owner/name:config`, or a local folder of its Parquet or JSON files."""
     try:
         import datasets
@@ -301,7 +304,8 @@ def _load_hub(name: str, on_bad_row: OnBadRow, cache_dir: str | Path | None) -> 
         raise UserError(
             f"{name}: hub datasets need the library `datasets`: pip install 'resonance[hub]'."
         ) from None
-    place, _, config = (name, "", "") if Path(name).exists() else name.partition(":")
+    path = Path(name).absolute()
+    place, _, config = (name, "", "") if path.exists() else name.partition(":")
     cache = None if cache_dir is None else str(cache_dir)
 
     def load(repository: str, part: str | None) -> Mapping[str, Iterable[Mapping[str, Any]]]:
@@ -312,12 +316,12 @@ def _load_hub(name: str, on_bad_row: OnBadRow, cache_dir: str | Path | None) -> 
         if {"corpus", "queries"} <= configs:
             parts = load(place, "corpus"), load(place, "queries")
             qrels = load(place, "default") if "default" in configs else load(f"{place}-qrels", None)
-            return _hub_collection(name, *parts, qrels, BadRows(on_bad_row))
-        return _hub_triples(name, load(place, config or None), BadRows(on_bad_row))
+            return _hub_collection(name, *parts, qrels, bad)
+        return _hub_triples(name, load(place, config or None), bad)
     except (OSError, ValueError) as error:  # not found, not reachable, or a config that is missing
         raise UserError(
-            f"data {name!r}: not found. Tried the path {Path(name).expanduser().absolute()} and the hub dataset "
-            f"{place!r} ({type(error).__name__}: {error}). Check the spelling and the network, or give 'pydocs', "
+            f"data {name!r}: not found. Tried the path {path} and the hub dataset {place!r} "
+            f"({type(error).__name__}: {error}). Check the spelling and the network, or give 'pydocs', "
             "a .jsonl file of triples, or a BEIR folder."
         ) from error
 
