@@ -55,7 +55,8 @@ class Encoder(Protocol):
 
 
 class Scorer(Protocol):
-    """A cross-encoder. `fusion_weight` is its omega >= 0; `identity` changes whenever its scores may."""
+    """A cross-encoder. `fusion_weight` is its omega >= 0; `identity` changes whenever its scores may, and is
+    empty for a model that lives in memory only: its scores are never cached."""
 
     @property
     def name(self) -> str: ...
@@ -63,7 +64,12 @@ class Scorer(Protocol):
     def identity(self) -> str: ...
     @property
     def fusion_weight(self) -> float: ...
-    def score(self, queries: Sequence[str], passages: Sequence[str]) -> Scores: ...
+    def score(
+        self,
+        queries: Sequence[str],
+        passages: Sequence[str],
+        on_batch: Callable[[int], None] | None = None,  # told how many more pairs are done
+    ) -> Scores: ...
 
 
 def load_encoder(

@@ -16,7 +16,7 @@ from common.data.records import Run
 from common.errors import UserError
 from common.progress import Steps
 
-_CHUNK = 1024  # texts between two signs of progress
+_CHUNK = 4096  # texts between two signs of progress
 
 
 def dense_run(

@@ -1,7 +1,7 @@
 """The evaluation table: what is reranked, compared, cached and refused."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +13,24 @@ from common.errors import UserError
 from common.evaluation import Row, Table, evaluate, score_pairs
 from common.metrics.ranking import evaluate_run, mean
 
+OnBatch = Callable[[int], None] | None
+
 
 class Oracle:
     """Knows the relevant passage with a chance of `skill`; portable scores know nothing."""
 
-    def __init__(self, name: str, skill: float, omega: float = 0.0, identity: str = "") -> None:
-        self.name, self.fusion_weight, self.identity = name, omega, identity or f"{name}-id"
+    def __init__(self, name: str, skill: float, omega: float = 0.0, identity: str | None = None) -> None:
+        self.name, self.fusion_weight, self.identity = (
+            name,
+            omega,
+            f"{name}-id" if identity is None else identity,
+        )
         self._skill, self.pairs = skill, 0
 
-    def score(self, queries: Sequence[str], passages: Sequence[str]) -> Scores:
+    def score(self, queries: Sequence[str], passages: Sequence[str], on_batch: OnBatch = None) -> Scores:
         self.pairs += len(queries)
+        if on_batch is not None:
+            on_batch(len(queries))
         known = [hash_share(query) < self._skill for query in queries]
         score = [
             float(k and q.split()[1] == p.split()[1])
@@ -133,7 +141,7 @@ def test_what_was_scored_before_an_interruption_is_kept(
     monkeypatch.setattr("common.evaluation._CHUNK", 5)
 
     class Interrupted(Oracle):
-        def score(self, queries: Sequence[str], passages: Sequence[str]) -> Scores:
+        def score(self, queries: Sequence[str], passages: Sequence[str], on_batch: OnBatch = None) -> Scores:
             if self.pairs >= 10:
                 raise KeyboardInterrupt
             return super().score(queries, passages)
@@ -145,6 +153,14 @@ def test_what_was_scored_before_an_interruption_is_kept(
     runs = score_pairs(rest, data, pairs, tmp_path)
     assert rest.pairs == 10
     assert max(runs["score"]["q1"], key=lambda p: runs["score"]["q1"][p]) == "p1"
+
+
+def test_a_model_that_is_only_in_memory_is_not_cached(data: RankingData, tmp_path: Path) -> None:
+    for _ in range(2):
+        scorer = Oracle("training", 1.0, identity="")
+        score_pairs(scorer, data, {"q1": ["p1", "p2"]}, tmp_path)
+        assert scorer.pairs == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_official_judgements_set_the_ideal(data: RankingData, stages: dict[str, Run]) -> None:
@@ -180,7 +196,7 @@ def test_what_cannot_be_evaluated_is_refused(data: RankingData, stages: dict[str
 
 def test_scores_that_are_not_finite_are_refused(data: RankingData) -> None:
     class Broken(Oracle):
-        def score(self, queries: Sequence[str], passages: Sequence[str]) -> Scores:
+        def score(self, queries: Sequence[str], passages: Sequence[str], on_batch: OnBatch = None) -> Scores:
             scores = super().score(queries, passages)
             scores.score[1] = np.nan
             return scores
