@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -39,7 +40,6 @@ _PANELS: tuple[tuple[str, str, re.Pattern[str]], ...] = (
     ("Mean entropy of a list (nats)", "train", re.compile(r"^(mean_)?entropy(?!_bonus)")),
     ("Learning rate", "train", re.compile(r"learning_rate|^lr$")),
     ("Gradient norm", "train", re.compile(r"grad")),
-    ("Speed", "train", re.compile(r"per_second|/s$")),
 )
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#dc2626")
 _INK = "#64748b"  # reads on a light and on a dark page
@@ -65,12 +65,15 @@ th, td { padding: .45rem .9rem; text-align: right; white-space: nowrap }
 tr + tr td { border-top: 1px solid var(--line) }
 th { color: var(--soft); font-weight: 600; font-size: .82rem; border-bottom: 1px solid var(--line) }
 th:first-child, td:first-child { text-align: left } td.best { font-weight: 700; color: var(--mark) }
-.panels { display: flex; flex-wrap: wrap; gap: .75rem }
-figure { flex: 1 1 29rem; margin: 0; padding: .5rem; background: var(--card); border: 1px solid var(--line);
+.panels { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .75rem }
+@media (max-width: 52rem) { .panels { grid-template-columns: minmax(0, 1fr) } }
+figure { margin: 0; padding: .5rem; background: var(--card); border: 1px solid var(--line);
   border-radius: .6rem } figure svg { display: block; width: 100%; height: auto }
 .pairs td { text-align: left; font-size: .87rem; white-space: normal; padding: .25rem .9rem }
-.pairs td:first-child { color: var(--soft); width: 40% } .pairs td { overflow-wrap: anywhere }
-details { margin-top: .75rem } summary { cursor: pointer; font-weight: 600; margin-bottom: .5rem }
+.pairs td:first-child { color: var(--soft); width: 1%; white-space: nowrap }
+.pairs td { overflow-wrap: anywhere }
+.panels.settings { align-items: start; margin-top: 2rem }
+summary { cursor: pointer; font-weight: 600; margin-bottom: .5rem }
 """
 
 
@@ -94,8 +97,10 @@ def write_report(directory: str | Path) -> Path:
         f'<div class="panels">{"".join(_panels(metrics))}</div>'
         if metrics
         else "<p>Nothing was logged yet.</p>",
+        '<div class="panels settings">',
         _details("Recipe", _pairs(run["config"])),
         *(_details("Environment", _pairs(item)) for item in environments),
+        "</div>",
     ]
     page = _page(directory.resolve().name, "\n".join(body))
     path = directory / "report.html"
@@ -175,9 +180,14 @@ def _text(value: object) -> str:
         return "–"
     if isinstance(value, float):
         return f"{value:.3f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.2g}"
-    if isinstance(value, list):
-        return ", ".join(map(_text, value))
     return str(value)
+
+
+def _setting(value: object) -> str:
+    """A value of the recipe, as it would be typed."""
+    if isinstance(value, list):
+        return ", ".join(map(_setting, value))
+    return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _pairs(values: Mapping[str, Any], prefix: str = "") -> str:
@@ -187,7 +197,7 @@ def _pairs(values: Mapping[str, Any], prefix: str = "") -> str:
         if isinstance(value, Mapping):
             rows.append(_pairs(value, f"{prefix}{key}."))
         else:
-            rows.append(f"<tr><td>{escape(prefix + key)}</td><td>{escape(_text(value))}</td></tr>")
+            rows.append(f"<tr><td>{escape(prefix + key)}</td><td>{escape(_setting(value))}</td></tr>")
     return "".join(rows)
 
 
@@ -219,7 +229,8 @@ def _panels(metrics: Sequence[Metrics]) -> list[str]:
         taken = {name: left.pop((k, name)) for k, name in list(left) if k == kind and pattern.search(name)}
         if taken:
             figures.append(_figure(title, taken))
-    figures += [_figure(f"{name} ({kind})", {name: curve}) for (kind, name), curve in left.items()]
+    for (kind, name), curve in left.items():
+        figures.append(_figure(f"{name.replace('_', ' ')} ({kind})", {name: curve}))
     return figures
 
 
@@ -241,9 +252,11 @@ def _figure(title: str, curves: Mapping[str, Series]) -> str:
 
 
 def _draw(axes: Any, name: str, steps: list[int], values: list[float], colour: str) -> None:
-    """A line; a long noisy one is drawn faint, with its running mean over it."""
-    if len(values) < 40:
-        axes.plot(steps, values, color=colour, label=name, marker="o", markersize=3.5, linewidth=1.6)
+    """A line; a noisy one is drawn faint, with its running mean over it."""
+    way = sum(abs(b - a) for a, b in pairwise(values))
+    if len(values) < 40 or way < 4 * (max(values) - min(values)):  # few points, or a schedule
+        marker = "o" if len(values) < 40 else ""
+        axes.plot(steps, values, color=colour, label=name, marker=marker, markersize=3.5, linewidth=1.6)
         return
     axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
     axes.plot(steps, _smoothed(values), color=colour, label=name, linewidth=1.8)

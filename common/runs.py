@@ -72,7 +72,11 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path)
-            run._begin(now, here, resume)
+            try:
+                run._begin(now, here, resume)
+            except BaseException:
+                run.close()
+                raise
         except OSError as error:
             raise UserError(_cannot_write(path, error)) from error
         return run
