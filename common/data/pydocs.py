@@ -302,6 +302,6 @@ def _limit_groups(
 
 
 def _split(group: str) -> str:
-    """The split of a group depends on its name alone, so that it is the same under every version installed."""
+    """The split of a group depends on its name alone: it is the same whatever versions are installed."""
     position = int(_hash(SPLIT_SALT + group)[:8], 16) / 2**32
     return "test" if position < 0.2 else "dev" if position < 0.3 else "train"

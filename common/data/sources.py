@@ -140,7 +140,8 @@ def _qrels_files(folder: Path) -> dict[str, Path]:
     ]
     found: dict[str, Path] = {}
     for path in files:
-        split = path.name.removeprefix("qrels.").split(".")[0]
+        first, *others = path.name.split(".")
+        split = others[0] if first == "qrels" and len(others) > 1 else first
         found[SPLIT_NAMES.get(split, split)] = path
     return found
 
