@@ -65,3 +65,10 @@ def test_auroc_counts_ties_half() -> None:
     assert auroc([4, 3, 2, 1], [0, 0, 1, 1]) == 0.0
     assert auroc([1, 1, 1, 2], [0, 1, 0, 1]) == pytest.approx((0.5 + 0.5 + 1 + 1) / 4)
     assert np.isnan(auroc([1, 2], [1, 1]))
+
+
+def test_queries_that_look_alike_get_their_share_of_hits() -> None:
+    features = np.repeat([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]], 10, axis=0)
+    correct = np.array([1] * 2 + [0] * 8 + [1] * 7 + [0] * 3)
+    p = Confidence.fit(features, correct).predict(features)
+    np.testing.assert_allclose(p, np.repeat([0.2, 0.7], 10))
