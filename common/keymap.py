@@ -61,13 +61,19 @@ class Family:
 
 
 _OLD_NAMES = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
+# After `as_bert` every family is read as BERT, so these cover all of them: masked-LM heads and a buffer.
+_FOREIGN = (
+    r"cls\..*",
+    r"vocab_(transform|layer_norm|projector)\..*",
+    r"(bert\.)?embeddings\.position_ids",
+)
 _NEW = (r"(bert\.)?pooler\..*", r"classifier\..*")
 
 FAMILIES: Mapping[str, Family] = {
     "bert": Family(
         prefix="bert.",
         keys=_OLD_NAMES,
-        foreign=(r"cls\..*", r"(bert\.)?embeddings\.position_ids"),
+        foreign=_FOREIGN,
         new=_NEW,
         config={},
     ),
@@ -85,7 +91,7 @@ FAMILIES: Mapping[str, Family] = {
             (r"\.ffn\.lin2\.", ".output.dense."),
             (r"\.output_layer_norm\.", ".output.LayerNorm."),
         ),
-        foreign=(r"vocab_(transform|layer_norm|projector)\..*", r"(bert\.)?embeddings\.position_ids"),
+        foreign=_FOREIGN,
         new=_NEW,
         config={
             "dim": "hidden_size",
