@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,10 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def shuffled(items: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    return {key: items[key] for key in rng.sample(sorted(items), len(items))}
-
-
-def test_fingerprint_ignores_order_and_name(seed: int) -> None:
-    rng, data = random.Random(seed), small_data()
-    other = replace(data, name="other", corpus=shuffled(data.corpus, rng), qrels=shuffled(data.qrels, rng))
+def test_fingerprint_ignores_order_and_name() -> None:
+    data = small_data()
+    corpus, qrels = dict(reversed(data.corpus.items())), dict(reversed(data.qrels.items()))
+    other = replace(data, name="other", corpus=corpus, qrels=qrels)
     assert other.fingerprint == data.fingerprint
     assert len(data.fingerprint) == 16
 
