@@ -71,7 +71,7 @@ def listwise_denominator(labels: jax.Array, mask: jax.Array) -> jax.Array:
 
 def log_probabilities(scores: jax.Array, mask: jax.Array, temperature: jax.Array | float = 1.0) -> jax.Array:
     """log softmax(s / temperature) over the real candidates, [B, L] -> [B, L]; 0 at padding."""
-    # Padding is set to a finite constant on both sides: -inf would give NaN gradients in an empty list.
+    # A finite constant and a second `where`: with -inf an empty list depends on how softmax treats inf - inf.
     logits = jnp.where(mask, scores.astype(jnp.float32) / temperature, -1e30)
     return jnp.where(mask, jax.nn.log_softmax(logits, axis=1), 0.0)
 

@@ -49,8 +49,8 @@ def total(loss: Callable, *arrays: jax.Array) -> jax.Array:
 
 
 def entangled(case: ListCase, margin: float = 0.2) -> tuple:
-    arrays = (case.query_re, case.query_im, case.labels, case.mask, case.related)
-    return quantum.entanglement_loss(*map(jnp.asarray, arrays), margin, jnp.asarray(case.query_index))
+    arrays = (case.query_re, case.query_im, case.labels, case.mask, case.related, margin, case.query_index)
+    return jax.jit(quantum.entanglement_loss)(*map(jnp.asarray, arrays))
 
 
 def arrays_of(case: ListCase, field: str) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -62,6 +62,7 @@ def arrays_of(case: ListCase, field: str) -> tuple[jax.Array, jax.Array, jax.Arr
 def test_order_and_padding_change_nothing(name: str, seed: int) -> None:
     loss, _, field = LIST_LOSSES[name]
     values, labels, mask = arrays_of(random_lists(seed), field)
+    loss = jax.jit(loss)
     expected = numbers(loss(values, labels, mask))
 
     order = np.random.default_rng(seed).permutation(values.shape[1])
@@ -79,8 +80,9 @@ def test_order_and_padding_change_nothing(name: str, seed: int) -> None:
 def test_micro_batches_add_up_to_the_batch(name: str, seed: int) -> None:
     loss, denominator, field = LIST_LOSSES[name]
     arrays = arrays_of(random_lists(seed), field)
+    loss = jax.jit(loss)
     whole = numbers(loss(*arrays))
-    parts = [numbers(loss(*(array[rows] for array in arrays))) for rows in (slice(0, 3), slice(3, None))]
+    parts = [numbers(loss(*(array[rows] for array in arrays))) for rows in (slice(0, 5), slice(5, None))]
     assert parity_error(parts[0] + parts[1], whole) < 1e-5
     assert np.array_equal(numbers(denominator(*arrays[1:])).ravel(), whole.reshape(-1, 2)[:, 1])
 

@@ -47,12 +47,10 @@ def test_the_cartesian_start_is_the_cosine_of_the_vectors(seed: int, imaginary_s
     assert parity_error(r, cosine(query, passage)) < 1e-6
 
 
-def test_a_wider_cartesian_start_keeps_the_cosine_and_a_narrower_one_runs(seed: int) -> None:
+def test_a_wider_cartesian_start_keeps_the_cosine(seed: int) -> None:
     query, passage = vectors(seed)
     wide = Projector(D, 2 * D, rngs=nnx.Rngs(seed))
     assert parity_error(resonance(wide(query), wide(passage)), cosine(query, passage)) < 1e-6
-    narrow = Projector(D, D // 2, rngs=nnx.Rngs(seed))
-    assert np.isfinite(resonance(narrow(query), narrow(passage))).all()
 
 
 def test_the_cartesian_resonance_is_the_cosine_of_a_real_head_of_twice_the_width(seed: int) -> None:

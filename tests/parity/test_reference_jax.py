@@ -67,22 +67,20 @@ def list_losses(temperature: float, bonus: float, threshold: float, sharpness: f
 @pytest.mark.parametrize("name", list_losses(1.0, 0.0, 0.5, 1.0))
 def test_list_losses_and_their_gradients(name: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
+    settings = rng.uniform([0.5, 0.0, 0.1, 1.0], [3.0, 0.5, 0.9, 15.0]).tolist()
+    field, ours, theirs, gradient = list_losses(*settings)[name]
+    value_of, jacobian_of = jax.jit(ours), jax.jit(jax.jacrev(ours))
     for _ in range(CASES):
         case = random_lists(int(rng.integers(2**32)))
-        settings = rng.uniform([0.5, 0.0, 0.1, 1.0], [3.0, 0.5, 0.9, 15.0]).tolist()
-        field, ours, theirs, gradient = list_losses(*settings)[name]
         values = getattr(case, field)
-        data = jnp.asarray(case.labels, jnp.float32), jnp.asarray(case.mask)
+        arrays = jnp.asarray(values), jnp.asarray(case.labels), jnp.asarray(case.mask)
         expected = numbers(theirs(values, case.labels, case.mask))
-        assert parity_error(numbers(ours(jnp.asarray(values), *data)), expected) < TOLERANCE
+        assert parity_error(numbers(value_of(*arrays)), expected) < TOLERANCE
         if gradient is None:
             continue
-        # One row of the Jacobian for each numerator.
-        jacobian = jax.jacrev(lambda x, ours=ours, data=data: ours(x, *data))(jnp.asarray(values))
-        numerators = jacobian if name == "resonance" else (jacobian,)
-        analytic = gradient(values, case.labels, case.mask)
-        analytic = analytic if name == "resonance" else (analytic,)
-        for (numerator, denominator), row in zip(numerators, analytic, strict=True):
+        jacobian, analytic = jacobian_of(*arrays), gradient(values, case.labels, case.mask)
+        halves = zip(jacobian, analytic, strict=True) if name == "resonance" else [(jacobian, analytic)]
+        for (numerator, denominator), row in halves:
             assert parity_error(numerator, row) < TOLERANCE
             assert not denominator.any()
 
@@ -128,8 +126,8 @@ def test_entanglement_and_its_gradient(seed: int) -> None:
         ours = lambda re, im, data=data: quantum.entanglement_loss(re, im, *map(jnp.asarray, data))  # noqa: E731
         states = jnp.asarray(case.query_re), jnp.asarray(case.query_im)
         expected = numbers(reference.entanglement_loss(case.query_re, case.query_im, *data))
-        assert parity_error(numbers(ours(*states)), expected) < TOLERANCE
-        jacobian = jax.jacrev(ours, argnums=(0, 1))(*states)
+        assert parity_error(numbers(jax.jit(ours)(*states)), expected) < TOLERANCE
+        jacobian = jax.jit(jax.jacrev(ours, argnums=(0, 1)))(*states)
         for half in (0, 1):
             by_re = numeric_gradient(
                 lambda x, half=half, case=case: theirs(half, x, case.query_im), case.query_re
@@ -188,8 +186,8 @@ def test_projector_resonance_and_fidelity_with_their_gradients(
         )
         return np.stack(parts)
 
-    assert parity_error(ours(jnp.asarray(query)), theirs(query)) < TOLERANCE
-    gradient = jax.grad(lambda x: jnp.sum(mix * ours(x)))(jnp.asarray(query))
+    assert parity_error(jax.jit(ours)(jnp.asarray(query)), theirs(query)) < TOLERANCE
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(mix * ours(x))))(jnp.asarray(query))
     assert (
         parity_error(gradient, numeric_gradient(lambda x: float(np.sum(mix * theirs(x))), query)) < TOLERANCE
     )
