@@ -58,8 +58,9 @@ class DataConfig:
     """Candidates in a training list, positives included."""
     max_positives: int = 1
     """Positives in a training list, drawn anew each epoch."""
-    negatives: Literal["bm25", "dense", "rrf", "given", "random"] = "rrf"
-    """Where negatives are drawn from: the top of a first stage, the triples' own, or anywhere."""
+    negatives: Literal["bm25", "dense", "rrf", "judged", "given", "random"] = "rrf"
+    """Where negatives are drawn from: the top of a first stage, passages judged irrelevant, the triples' own,
+    or anywhere."""
     negative_pool: int = 30
     """Hardest negatives kept for a query; a list draws from them anew each epoch."""
     max_query_tokens: int = 64
@@ -125,6 +126,8 @@ class TrainConfig:
 class EvalConfig:
     first_stage: FirstStage = "rrf"
     """Whose candidates are reranked, and whose scores are fused in."""
+    candidates: Literal["retrieved", "judged"] = "retrieved"
+    """The first stage's top passages, or exactly the judged passages of a query."""
     depth: int = 50
     """Candidates reranked for a query."""
     dev_queries: int | None = None
@@ -132,7 +135,7 @@ class EvalConfig:
     dev_depth: int = 20
     metric: str = "nDCG@10"
     """Chooses the best checkpoint and the fusion weight; an ir-measures name."""
-    fusion_grid: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
+    fusion_grid: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
     """Weights of the first stage tried on dev; contains 0."""
 
 
@@ -202,6 +205,17 @@ class RerankerConfig:
         return self
 
 
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """Where a run lives; not part of its recipe."""
+
+    runs: Path = Path("runs")
+    """Folder of all runs."""
+    fresh: bool = False
+    """Start over: delete the run's folder instead of resuming it."""
+    backend: Literal["auto", "jax", "mlx"] = "auto"
+
+
 def _increasing(values: Sequence[int]) -> bool:
     return bool(values) and values[0] >= 8 and all(a < b for a, b in zip(values, values[1:], strict=False))
 
@@ -252,17 +266,6 @@ def parse_command(description: str, argv: Sequence[str] | None = None) -> tuple[
     _refuse_unknown(argv, known)
     parsed: Any = tyro.cli(command, args=argv, description=description)
     return parsed.settings.validate(), parsed.run
-
-
-@dataclasses.dataclass(frozen=True)
-class RunOptions:
-    """Where a run lives; not part of its recipe."""
-
-    runs: Path = Path("runs")
-    """Folder of all runs."""
-    fresh: bool = False
-    """Start over: delete the run's folder instead of resuming it."""
-    backend: Literal["auto", "jax", "mlx"] = "auto"
 
 
 def _take(argv: list[str], flag: str, default: str | None) -> tuple[str | None, list[str]]:

@@ -51,20 +51,27 @@ class LoadedReranker:
 
 
 def load_cross_encoder(
-    directory: Path, model: ModelConfig, *, dtype: jnp.dtype = jnp.float32, seed: int = 0
+    directory: Path,
+    model: ModelConfig,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    seed: int = 0,
+    dropout: tuple[float, float] = (0.0, 0.0),
 ) -> LoadedReranker:
     """A reranker from a base model or from a directory that we wrote (strict both ways).
 
-    Raises UserError for missing, unexpected or misshaped tensors, all listed.
+    `dropout` holds the rates of hidden states and of attention weights in training; the checkpoint's own are not
+    used. Raises UserError for missing, unexpected or misshaped tensors, all listed.
     """
     directory = surviving(directory)
     config = read_config(directory)
     ours = (directory / HEAD_FILE).exists()
     config, tensors = keymap.as_bert(config, read_tensors(directory), where=directory)
+    rates = {"hidden_dropout_prob": dropout[0], "attention_probs_dropout_prob": dropout[1]}
     start = "resumed" if ours else choose_start(directory, config, tensors, model.start)
     settings = dict(config.get("resonance", {})) if ours else _settings(config, model)
     rngs = nnx.Rngs(seed)
-    encoder = _build(directory, config, settings, dtype, rngs)
+    encoder = _build(directory, config | rates, settings, dtype, rngs)
     _fill_encoder(encoder, tensors, directory, strict=ours)
     if ours:
         _fill(encoder.resonance, read_tensors(directory / HEAD_FILE), directory / HEAD_FILE)

@@ -1,0 +1,121 @@
+"""From a recipe to what a run trains on: data, first-stage candidates, training lists; all cached on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from common.backends import Encoder
+from common.cache import cache_key
+from common.config import DataConfig, RerankerConfig
+from common.data import lists
+from common.data.records import RankingData, Run
+from common.data.sources import load_ranking_data
+from common.retrieval.candidates import FIRST_STAGES, first_stages, judged_stages
+from common.retrieval.dense import embed
+
+CANDIDATE_DEPTH = 100  # passages kept for a query by each first stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What training and evaluation read."""
+
+    data: RankingData
+    training: lists.StoredLists
+    dev: dict[str, Run]  # first stage -> run
+    dropped: dict[str, int]  # training queries left out, by reason
+
+
+def cache_root() -> Path:
+    """Where candidates, vectors and lists are kept: $RESONANCE_CACHE, else ~/.cache/resonance."""
+    return Path(os.environ.get("RESONANCE_CACHE", "~/.cache/resonance")).expanduser()
+
+
+def load_data(config: DataConfig) -> RankingData:
+    """The recipe's ranking data, validated."""
+    return load_ranking_data(config.name, on_bad_row=config.on_bad_row)
+
+
+def candidates(data: RankingData, split: str, encoder: Encoder, judged: bool = False) -> dict[str, Run]:
+    """Every first stage's candidates for a split's queries: retrieved, or the judged ones scored."""
+    qrels = data.split(split)
+    if judged:
+        return judged_stages(data, qrels, encoder, cache_root())
+    queries = {query: data.queries[query] for query in sorted(qrels)}
+    return first_stages(data, queries, encoder, CANDIDATE_DEPTH, cache_root())
+
+
+def prepare(
+    config: RerankerConfig, encoder: Encoder, *, say: Callable[[str], None] = print
+) -> Prepared:
+    """Data, dev candidates and training lists of a recipe; says sizes and what was dropped.
+
+    Raises UserError for everything wrong with the data.
+    """
+    data = load_data(config.data)
+    judged = config.evaluation.candidates == "judged"
+    directory, dropped = _write_training(config, data, encoder)
+    training = lists.read_lists(directory)
+    dev = candidates(data, config.data.dev_split, encoder, judged)
+    sizes = ", ".join(f"{split} {len(qrels):,}" for split, qrels in sorted(data.qrels.items()))
+    say(f"data: {data.name} {data.fingerprint}: {len(data.corpus):,} passages, queries: {sizes}")
+    lost = "".join(f", {count:,} {reason} dropped" for reason, count in (data.dropped | dropped).items())
+    say(f"training lists: {len(training):,}{lost}")
+    return Prepared(data, training, dev, dropped)
+
+
+def _write_training(
+    config: RerankerConfig, data: RankingData, encoder: Encoder
+) -> tuple[Path, Mapping[str, int]]:
+    """The folder of the training lists, written unless the cache has it."""
+    settings = config.data
+    key = cache_key(
+        data.fingerprint,
+        encoder.identity,
+        [settings.train_split, settings.negatives, settings.negative_pool],
+        settings.related_threshold if pairs_queries(config) else None,
+        [settings.max_samples, config.train.seed if settings.max_samples or settings.negatives == "random" else 0],
+    )
+    run = _negatives(config, data, encoder)
+    related = _related(config, data, encoder)
+    made, dropped = lists.build_lists(
+        data,
+        settings.train_split,
+        run,
+        settings.negative_pool,
+        related,
+        settings.max_samples,
+        config.train.seed,
+    )
+    return lists.write_lists(made, cache_root() / "lists", key), dropped
+
+
+def _negatives(config: RerankerConfig, data: RankingData, encoder: Encoder) -> Run:
+    source, split = config.data.negatives, config.data.train_split
+    if source == "given":
+        return lists.given_negatives(data)
+    if source == "random":
+        return lists.random_negatives(data, split, config.data.negative_pool, config.train.seed)
+    if source == "judged":
+        return judged_stages(data, data.split(split), encoder, cache_root(), ("rrf",))["rrf"]
+    assert source in FIRST_STAGES
+    return candidates(data, split, encoder)[source]
+
+
+def _related(config: RerankerConfig, data: RankingData, encoder: Encoder) -> lists.Related:
+    if not pairs_queries(config):
+        return {}
+    ids = sorted(data.split(config.data.train_split))
+    vectors = embed([data.queries[query] for query in ids], encoder, "query")
+    return lists.related_queries(vectors, ids, config.data.related_threshold)
+
+
+def pairs_queries(config: RerankerConfig) -> bool:
+    """Whether the recipe has an entanglement term, so that batches bring related queries together."""
+    quantum = config.quantum
+    if config.train.objective != "quantum" or quantum.mode == "superposition":
+        return False
+    return quantum.entanglement_weight > 0

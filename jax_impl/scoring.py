@@ -1,0 +1,183 @@
+"""Encoder and Scorer of a checkpoint directory: texts in, vectors or scores out, batched by length.
+
+Twin: mlx_impl/scoring.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from common.backends import Scores, checkpoint_identity
+from common.checkpoint import read_json, surviving
+from common.config import DataConfig, ModelConfig
+from common.text import Encoded, PairTokenizer
+from jax_impl.loading import load_bi_encoder, load_cross_encoder
+from jax_impl.models.cross_encoder import CrossEncoder
+from jax_impl.models.projector import fidelity_factors
+
+TOKENS_PER_BATCH = {"cpu": 4096, "gpu": 131072}  # tokens, padding included
+LENGTHS = (32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512)  # padded to; each is compiled once
+
+
+def default_dtype(precision: str = "auto") -> jnp.dtype:
+    """bfloat16 on GPU and float32 elsewhere, unless named: XLA's CPU runs bfloat16 slower than float32."""
+    if precision == "auto":
+        return jnp.dtype(jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32)
+    return jnp.dtype(precision)
+
+
+def batches_by_length(encodeds: Sequence[Encoded]) -> Iterator[tuple[np.ndarray, int, int]]:
+    """(indices, rows, length) of batches: longest first, one fixed number of rows for each length."""
+    budget = TOKENS_PER_BATCH.get(jax.default_backend(), TOKENS_PER_BATCH["gpu"])
+    sizes = np.asarray([len(encoded.ids) for encoded in encodeds], int)
+    padded = np.asarray([next((n for n in LENGTHS if n >= size), size) for size in sizes], int)
+    order = np.argsort(-padded, kind="stable")
+    start = 0
+    while start < len(order):
+        length = int(padded[order[start]])
+        rows = max(1, budget // length)
+        yield order[start : start + rows], rows, length
+        start += rows
+
+
+def run_batched(
+    encodeds: Sequence[Encoded],
+    pad: Callable[[Sequence[Encoded], int], tuple[np.ndarray, np.ndarray]],
+    call: Callable[[jax.Array, jax.Array], Any],
+    on_batch: Callable[[int], None] | None = None,
+) -> list[np.ndarray]:
+    """Apply `call` (arrays or a tuple of arrays, rows first) to all texts and return its outputs in order.
+
+    The next batch is sent off before the last one is fetched, so that a GPU never waits for the host.
+    """
+    outputs: list[np.ndarray] = []
+    pending: tuple[np.ndarray, Any] | None = None
+
+    def collect(indices: np.ndarray, result: Any) -> None:
+        arrays = [np.asarray(a)[: len(indices)] for a in jax.tree.leaves(result)]
+        if not outputs:
+            outputs.extend(np.empty((len(encodeds), *a.shape[1:]), a.dtype) for a in arrays)
+        for output, array in zip(outputs, arrays, strict=True):
+            output[indices] = array
+        if on_batch is not None:
+            on_batch(len(indices))
+
+    for indices, rows, length in batches_by_length(encodeds):
+        ids, sides = pad([encodeds[i] for i in indices], length)
+        missing = ((0, rows - len(indices)), (0, 0))
+        result = call(jnp.asarray(np.pad(ids, missing)), jnp.asarray(np.pad(sides, missing)))
+        if pending is not None:
+            collect(*pending)
+        pending = (indices, result)
+    if pending is not None:
+        collect(*pending)
+    return outputs
+
+
+class JaxEncoder:
+    """A sentence encoder for the dense first stage."""
+
+    def __init__(self, directory: Path, max_tokens: int | None = None) -> None:
+        directory = surviving(directory)
+        self.name = directory.name if directory.name != "model" else "all-MiniLM-L6-v2"
+        model = load_bi_encoder(directory, dtype=default_dtype())
+        self.tokenizer = PairTokenizer(directory)
+        self.max_tokens = max_tokens or _max_tokens(directory)
+        self.dim = model.bert.config.hidden_size
+        self.identity = checkpoint_identity(directory, self.max_tokens)
+        graphdef, state = nnx.split(model)
+        self._call = functools.partial(jax.jit(lambda s, i, m: nnx.merge(graphdef, s)(i, m > 0)), state)
+
+    def encode(self, texts: Sequence[str], *, kind: Literal["query", "passage"] = "passage") -> np.ndarray:
+        """Unit vectors [N, dim], float32. The two kinds of text are encoded alike."""
+        if not texts:
+            return np.zeros((0, self.dim), np.float32)
+        encodeds = self.tokenizer.encode_texts(texts, self.max_tokens)
+        return run_batched(encodeds, self.tokenizer.pad, self._call)[0]
+
+
+class JaxScorer:
+    """A reranker: pairs of texts in, scores out. `fusion_weight` is the first stage's, chosen on dev."""
+
+    def __init__(
+        self,
+        model: CrossEncoder,
+        tokenizer: PairTokenizer,
+        *,
+        name: str,
+        identity: str = "",
+        fusion_weight: float = 0.0,
+    ) -> None:
+        self.name, self.identity = name, identity
+        self.fusion_weight, self.tokenizer = fusion_weight, tokenizer
+        self._graphdef, self._state = nnx.split(model)
+        self._call = jax.jit(functools.partial(_score, self._graphdef))
+
+    def score(
+        self,
+        queries: Sequence[str],
+        passages: Sequence[str],
+        on_batch: Callable[[int], None] | None = None,
+    ) -> Scores:
+        """Scores of the pairs (queries[i], passages[i]), each [N] float32.
+
+        `on_batch` is told the number of pairs done after each batch.
+        """
+        return self.score_encoded(self.tokenizer.encode_pairs(queries, passages), on_batch)
+
+    def score_encoded(
+        self, encodeds: Sequence[Encoded], on_batch: Callable[[int], None] | None = None
+    ) -> Scores:
+        """As `score`, for pairs that are tokens already."""
+        if not encodeds:
+            return Scores(*(np.zeros(0, np.float32) for _ in range(5)))
+        call = functools.partial(self._call, self._state)
+        return Scores(*run_batched(encodeds, self.tokenizer.pad, call, on_batch))
+
+    def set_state(self, state: Any) -> None:
+        """Score with other parameters of the same model."""
+        self._state = state
+
+
+def load_encoder(directory: Path) -> JaxEncoder:
+    """The Encoder of a directory (common.backends)."""
+    return JaxEncoder(Path(directory))
+
+
+def load_scorer(directory: Path) -> JaxScorer:
+    """The Scorer of a directory (common.backends); a base that was never trained scores from its start."""
+    directory = surviving(Path(directory))
+    loaded = load_cross_encoder(directory, ModelConfig(), dtype=default_dtype())
+    limits = DataConfig()
+    tokenizer = PairTokenizer(
+        directory,
+        loaded.settings.get("max_query_tokens", limits.max_query_tokens),
+        loaded.settings.get("max_passage_tokens", limits.max_passage_tokens),
+    )
+    fusion_weight = float(loaded.settings.get("fusion_weight", 0.0))
+    identity = checkpoint_identity(directory, tokenizer.max_query_tokens, tokenizer.max_passage_tokens)
+    return JaxScorer(
+        loaded.model, tokenizer, name=directory.name, identity=identity, fusion_weight=fusion_weight
+    )
+
+
+def _score(
+    graphdef: nnx.GraphDef[CrossEncoder], state: Any, ids: jax.Array, sides: jax.Array
+) -> tuple[jax.Array, ...]:
+    out = nnx.merge(graphdef, state)(ids, sides)
+    overlap, coherence = fidelity_factors(out.query, out.passage)
+    return out.score, out.portable, out.resonance, overlap, coherence
+
+
+def _max_tokens(directory: Path) -> int:
+    """The longest input that a sentence-transformers directory was trained with; 256 when it does not say."""
+    file = directory / "sentence_bert_config.json"
+    return int(read_json(file).get("max_seq_length", 256)) if file.exists() else 256

@@ -1,0 +1,406 @@
+"""The training loop of a reranker: steps, dev evaluation, best and final checkpoints, exact resume.
+
+Twin: mlx_impl/training/loop.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from common.config import RerankerConfig, to_dict
+from common.data.pipeline import ListBatch, ListPlan
+from common.data.records import Qrels, Run
+from common.errors import UserError
+from common.hub import resolve_model
+from common.metrics.calibration import Confidence, confidence_features
+from common.metrics.ranking import evaluate_run, mean, ranked
+from common.prepare import Prepared, pairs_queries
+from common.retrieval.fusion import choose_omega
+from common.runs import RunFolder, environment, progress
+from common.schedule import Phase, phase_at
+from common.text import PairTokenizer
+from jax_impl.loading import LoadedReranker, load_cross_encoder, save_cross_encoder
+from jax_impl.models.lora import add_lora, trainable
+from jax_impl.scoring import JaxScorer, default_dtype
+from jax_impl.training.optimizer import learning_rate, make_optimizer
+from jax_impl.training.state import StateFolder
+from jax_impl.training.step import Batch, Moment, TrainState, make_step
+
+LOG_EVERY = 10  # steps between lines of the log, and between looks for NaN
+COLLAPSED_SPREAD = 1e-3  # mean spread of a query's scores below which a reranker says nothing
+MIN_CONFIDENCE_QUERIES = 20  # dev queries below which no confidence is fitted
+
+
+@dataclasses.dataclass(frozen=True)
+class DevResult:
+    """What dev says of the parameters at one moment."""
+
+    metric: float  # of the reranker alone
+    fused: float  # with the best fusion weight
+    fusion_weight: float
+    spread: float  # mean standard deviation of a query's scores
+    confidence: Confidence | None
+
+
+class Trainer:
+    """One run of a recipe. `run()` starts it or goes on where an interrupted one stopped."""
+
+    def __init__(
+        self,
+        config: RerankerConfig,
+        prepared: Prepared,
+        folder: RunFolder,
+        *,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.config, self.prepared, self.folder, self.say = config, prepared, folder, say
+        train, data = config.train, config.data
+        self.dtype = default_dtype(train.precision)
+        directory = resolve_model(config.model.base, say=say)
+        self.tokenizer = PairTokenizer(directory, data.max_query_tokens, data.max_passage_tokens)
+        self.plan = ListPlan(
+            prepared.training, self.tokenizer, data, train.batch_size, train.seed, pairs_queries(config)
+        )
+        self.steps = planned_steps(config, len(self.plan))
+        self.loaded = _load(config, directory, self.dtype)
+        self._report_start()
+        filters = (trainable, ...) if config.model.use_lora else (nnx.Param, ...)
+        self.graphdef, learned, fixed = nnx.split(self.loaded.model, *filters)
+        optimizer = make_optimizer(train, self.steps)
+        key = jax.random.fold_in(jax.random.key(train.seed), 1)
+        dropout = train.hidden_dropout > 0 or train.attention_dropout > 0
+        self.mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        self._step = make_step(config, self.graphdef, optimizer, key if dropout else None, everywhere)
+        if train.batch_size // train.micro_batches % jax.device_count():
+            raise UserError(
+                f"train.batch_size {train.batch_size} / micro_batches {train.micro_batches} does not divide over "
+                f"{jax.device_count()} devices; choose a multiple."
+            )
+        state = TrainState(learned, fixed, optimizer.init(learned), jnp.zeros((), jnp.int32))
+        self.state: TrainState = jax.device_put(state, everywhere)
+        self.dev = _DevSet(config, prepared, self.tokenizer)
+        self._scorer = JaxScorer(self.loaded.model, self.tokenizer, name="dev")
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end; returns the summary that training.json holds. Raises UserError (see `errors`)."""
+        with contextlib.closing(StateFolder(self.folder.state)) as states, _interruptible() as stop:
+            notes = self._restore(states)
+            with _explained(self.config):
+                self._train(states, notes, stop)
+            return self._finish(notes)
+
+    def _restore(self, states: StateFolder) -> dict[str, Any]:
+        if states.latest() is None:
+            self.folder.rewind(-1)
+            return {"best": None, "best_step": None, "collapsed": 0, "waited": 0, "data": None}
+        self.state, notes = states.load(self.state)
+        self.folder.rewind(int(self.state.step))
+        self.say(f"resumed at step {int(self.state.step)} of {self.steps}")
+        return notes
+
+    def _train(self, states: StateFolder, notes: dict[str, Any], stop: list[bool]) -> None:
+        train = self.config.train
+        first = int(self.state.step)
+        batches = self.plan.loader(self.steps)
+        if notes["data"] is not None:
+            batches.set_state(notes["data"])
+        evaluate_at = {round(self.steps * (i + 1) / train.evaluations) for i in range(train.evaluations)}
+        if first == 0:
+            self._evaluate(0, notes)
+        with progress(self.steps, "training", start=first) as bar:
+            for step in range(first + 1, self.steps + 1):
+                logged = self._one_step(step, next(batches))
+                if step % LOG_EVERY == 0 or step in (1, self.steps) or step in evaluate_at:
+                    bar.update(step, self._log(step, logged))
+                if step in evaluate_at and self._evaluate(step, notes):
+                    stop[0] = notes["stopped"] = True
+                if step % train.checkpoint_every == 0 or step == self.steps or stop[0]:
+                    self._log_finite(step, logged)
+                    states.save(self.state, notes | {"data": batches.get_state()})
+                if stop[0]:
+                    break
+        if stop[0] and not notes.get("stopped"):
+            self.say(f"stopped at step {step}; the same command goes on from there")
+            raise KeyboardInterrupt
+
+    def _one_step(self, step: int, batch: ListBatch) -> dict[str, jax.Array]:
+        phase = self._phase(step)
+        moment = Moment(phase.temperature, phase.entropy_bonus, phase.ramp)
+        arrays = Batch(batch.input_ids, batch.sides, batch.labels, batch.mask, batch.related)
+        placed = jax.device_put(arrays, NamedSharding(self.mesh, PartitionSpec("data")))
+        self.state, logged = self._step(self.state, placed, moment)
+        return logged | {"real_tokens": batch.token_share}
+
+    def _phase(self, step: int) -> Phase:
+        quantum = self.config.quantum
+        return phase_at(
+            (step - 1) / self.steps,
+            quantum.phase,
+            tau0=quantum.temperature_start,
+            tau1=quantum.temperature_end,
+            beta=quantum.entropy_bonus,
+        )
+
+    def _log(self, step: int, logged: dict[str, Any]) -> str:
+        values = self._log_finite(step, logged)
+        phase = self._phase(step)
+        rate = float(learning_rate(self.config.train, self.steps)(step - 1))
+        self.folder.log(
+            step, "train", values | {"temperature": phase.temperature, "ramp": phase.ramp, "learning_rate": rate}
+        )
+        return f"loss {values['loss']:.4f}"
+
+    def _log_finite(self, step: int, logged: dict[str, Any]) -> dict[str, float]:
+        values = {name: float(value) for name, value in logged.items()}
+        if not all(map(math.isfinite, values.values())):
+            broken = ", ".join(name for name, value in values.items() if not math.isfinite(value))
+            raise UserError(
+                f"step {step}: {broken} is not a finite number; the parameters are lost since the last state. "
+                "Lower --train.learning-rate or --train.max-grad-norm, or check the data; then --fresh."
+            )
+        return values
+
+    def _evaluate(self, step: int, notes: dict[str, Any]) -> bool:
+        """Score dev, keep the best checkpoint; true when training should stop early."""
+        train = self.config.train
+        result = self.dev.evaluate(self._scorer_now())
+        self.folder.log(
+            step,
+            "dev",
+            {
+                self.config.evaluation.metric: result.metric,
+                f"{self.config.evaluation.metric} fused": result.fused,
+                "fusion_weight": result.fusion_weight,
+                "score_spread": result.spread,
+            },
+        )
+        self.say(
+            f"dev at step {step}: {self.config.evaluation.metric} {result.metric:.4f} alone, {result.fused:.4f} "
+            f"fused (first stage {self.dev.baseline:.4f})"
+        )
+        self._guard_collapse(step, result, notes)
+        if notes["best"] is None or result.metric > notes["best"]:
+            notes |= {"best": result.metric, "best_step": step, "waited": 0}
+            self._save(self.folder.best, step, result)
+        else:
+            notes["waited"] += 1
+        stops = train.patience is not None and notes["waited"] >= train.patience
+        if stops:
+            self.say(f"no better dev result in {train.patience} evaluations: stopped early at step {step}")
+        return stops
+
+    def _guard_collapse(self, step: int, result: DevResult, notes: dict[str, Any]) -> None:
+        if step <= self.config.train.warmup * self.steps:
+            return
+        notes["collapsed"] = notes["collapsed"] + 1 if result.spread < COLLAPSED_SPREAD else 0
+        if notes["collapsed"] >= 2:
+            raise UserError(
+                f"step {step}: the scores have collapsed: within a query they differ by {result.spread:.1e}, in two "
+                "evaluations in a row. Lower --train.learning-rate, or check that positives and negatives differ."
+            )
+
+    def _finish(self, notes: dict[str, Any]) -> dict[str, Any]:
+        """Write final/, the last parameters; best/ holds those with the best dev metric."""
+        step = int(self.state.step)
+        result = self.dev.evaluate(self._scorer_now())
+        self._save(self.folder.final, step, result)
+        return {"steps": step, "best_step": notes["best_step"], "best_dev": notes["best"]}
+
+    def _scorer_now(self) -> JaxScorer:
+        self._scorer.set_state(nnx.merge_state(self.state.learned, self.state.fixed))
+        return self._scorer
+
+    def _save(self, directory: Path, step: int, result: DevResult) -> None:
+        nnx.update(self.loaded.model, nnx.merge_state(self.state.learned, self.state.fixed))
+        data = self.config.data
+        self.loaded.settings.update(
+            {
+                "fusion_weight": result.fusion_weight,
+                "max_query_tokens": data.max_query_tokens,
+                "max_passage_tokens": data.max_passage_tokens,
+                "confidence": None if result.confidence is None else result.confidence.to_json(),
+            }
+        )
+        metrics = {
+            self.config.evaluation.metric: result.metric,
+            "fused": result.fused,
+            "first_stage": self.dev.baseline,
+        }
+        training = {
+            "config": to_dict(self.config),
+            "data": {"name": self.prepared.data.name, "fingerprint": self.prepared.data.fingerprint},
+            "step": step,
+            "dev": metrics | {"queries": len(self.dev.qrels), "depth": self.config.evaluation.dev_depth},
+            **environment(),
+        }
+        save_cross_encoder(
+            directory,
+            self.loaded,
+            training=training,
+            tokenizer_save=self.tokenizer.save,
+            card=model_card(self.config, self.loaded, training),
+        )
+
+    def _report_start(self) -> None:
+        settings, cut = self.loaded.settings, self.tokenizer.truncation
+        self.say(
+            f"start: {settings['start']}; {self.steps} steps of {self.config.train.batch_size} lists of "
+            f"{self.config.data.list_size}; {jax.device_count()} {jax.devices()[0].device_kind} device(s), "
+            f"{self.dtype}"
+        )
+        self.say(
+            f"truncated: {cut.query_share:.1%} of queries (over {self.config.data.max_query_tokens} tokens), "
+            f"{cut.passage_share:.1%} of passages (over {self.config.data.max_passage_tokens})"
+        )
+
+
+class _DevSet:
+    """The dev queries' candidates, tokenized once."""
+
+    def __init__(self, config: RerankerConfig, prepared: Prepared, tokenizer: PairTokenizer) -> None:
+        settings = config.evaluation
+        self.settings = settings
+        judged = prepared.data.split(config.data.dev_split)
+        queries = sorted(judged)[: settings.dev_queries]
+        self.qrels: Qrels = {query: judged[query] for query in queries}
+        stage = prepared.dev[settings.first_stage]
+        self.first: Run = {
+            query: {passage: stage[query][passage] for passage in ranked(stage[query], settings.dev_depth)}
+            for query in queries
+            if stage.get(query)
+        }
+        self.baseline = mean(evaluate_run(self.first, self.qrels, (settings.metric,))[settings.metric])
+        pairs = [(query, passage) for query, run in self.first.items() for passage in run]
+        data = prepared.data
+        self._encoded = tokenizer.encode_pairs(
+            [data.queries[query] for query, _ in pairs], [data.corpus[passage] for _, passage in pairs]
+        )
+
+    def evaluate(self, scorer: JaxScorer) -> DevResult:
+        scores = scorer.score_encoded(self._encoded)
+        run, features, correct, spread, start = {}, [], [], [], 0
+        for query, passages in self.first.items():
+            rows = slice(start, start + len(passages))
+            start += len(passages)
+            values = scores.score[rows]
+            run[query] = dict(zip(passages, map(float, values), strict=True))
+            features.append(confidence_features(values, scores.resonance[rows]))
+            best = ranked(run[query], 1)[0]
+            correct.append(self.qrels[query].get(best, 0) > 0)
+            spread.append(float(np.std(values)))
+        metric = self.settings.metric
+        omega, table = choose_omega(self.first, run, self.qrels, self.settings.fusion_grid, metric)
+        enough = len(correct) >= MIN_CONFIDENCE_QUERIES and 0 < sum(correct) < len(correct)
+        confidence = Confidence.fit(np.asarray(features), np.asarray(correct)) if enough else None
+        return DevResult(table[0.0], table[omega], omega, float(np.mean(spread)), confidence)
+
+
+def train_reranker(
+    config: RerankerConfig, prepared: Prepared, folder: RunFolder, *, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Run a recipe to its end, or go on with an interrupted run; returns its summary."""
+    return Trainer(config, prepared, folder, say=say).run()
+
+
+def planned_steps(config: RerankerConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of a run: `epochs` of the lists, at most `max_steps`; `max_steps` alone at epochs 0."""
+    train = config.train
+    wanted = round(train.epochs * steps_per_epoch) if train.epochs else train.max_steps or 0
+    return max(1, min(wanted, train.max_steps or wanted))
+
+
+def model_card(config: RerankerConfig, loaded: LoadedReranker, training: dict[str, Any]) -> str:
+    """README.md of a checkpoint directory: what it is, how to load it, what was measured."""
+    dev, data = training["dev"], training["data"]
+    metric = config.evaluation.metric
+    return f"""---
+library_name: sentence-transformers
+pipeline_tag: text-ranking
+base_model: {config.model.base}
+---
+# {config.name}
+
+A quantum-resonance reranker (cross-encoder), fine-tuned from `{config.model.base}` (start:
+{loaded.settings["start"]}) on `{data["name"]}` (fingerprint {data["fingerprint"]}), step {training["step"]}.
+
+| dev, {dev["queries"]} queries, top {dev["depth"]} of {config.evaluation.first_stage} | {metric} |
+|---|---|
+| first stage | {dev["first_stage"]:.4f} |
+| reranked | {dev[metric]:.4f} |
+| reranked and fused, weight {loaded.settings["fusion_weight"]} | {dev["fused"]:.4f} |
+
+These queries chose the checkpoint and the weight; measure a test split with `scripts/evaluate.py`.
+
+`scripts/rerank.py --model DIR` uses the full score. `sentence_transformers.CrossEncoder(DIR)` and transformers
+load the portable score, the linear classifier distilled from it.
+"""
+
+
+def _load(config: RerankerConfig, directory: Path, dtype: jnp.dtype) -> LoadedReranker:
+    train, lora = config.train, config.model.lora
+    loaded = load_cross_encoder(
+        directory,
+        config.model,
+        dtype=dtype,
+        seed=train.seed,
+        dropout=(train.hidden_dropout, train.attention_dropout),
+    )
+    if config.model.use_lora:
+        try:
+            rngs = nnx.Rngs(train.seed)
+            add_lora(loaded.model.bert.encoder, lora.rank, lora.alpha, lora.targets, rngs=rngs)
+        except ValueError as error:
+            raise UserError(f"model.lora.targets: {error}") from None
+    return loaded
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[list[bool]]:
+    """A flag that Ctrl-C or SIGTERM sets; a second Ctrl-C interrupts at once."""
+    stop = [False]
+
+    def request(number: int, _frame: object) -> None:
+        if stop[0]:
+            raise KeyboardInterrupt
+        stop[0] = True
+
+    wanted = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, request) for number in wanted}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _explained(config: RerankerConfig) -> Iterator[None]:
+    """Turn running out of memory into the settings that lower it."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        text = str(error)
+        if isinstance(error, jax.errors.JaxRuntimeError) and not (
+            "RESOURCE_EXHAUSTED" in text or "ut of memory" in text
+        ):
+            raise
+        train, data = config.train, config.data
+        raise UserError(
+            f"out of memory: raise --train.micro-batches (now {train.micro_batches}), which keeps the result; or "
+            f"lower --train.batch-size ({train.batch_size}), --data.list-size ({data.list_size}) or "
+            f"--data.max-passage-tokens ({data.max_passage_tokens}); or set --model.use-lora. "
+            f"The same command goes on from the last state. ({text.splitlines()[0] if text else 'host memory'})"
+        ) from error

@@ -1,0 +1,56 @@
+"""AdamW with warm-up, decay of the rate and clipping; no weight decay on biases and norms.
+
+Source: Loshchilov and Hutter 2019, arXiv:1711.05101. Twin: mlx_impl/training/optimizer.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from common.config import TrainConfig
+
+UNDECAYED = {"bias", "scale", "u", "gamma", "b"}  # last names of parameters that weight decay leaves alone
+
+
+def learning_rate(config: TrainConfig, steps: int) -> Callable[[Any], Any]:
+    """Rate as a function of the step: linear warm-up to `learning_rate`, then the schedule down to 0."""
+    warmup = min(round(config.warmup * steps), steps - 1)
+    rest = steps - warmup
+    after = {
+        "linear": optax.linear_schedule(config.learning_rate, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(config.learning_rate, rest),
+        "constant": optax.constant_schedule(config.learning_rate),
+    }[config.schedule]
+    # The first step already moves: the ramp starts one step in.
+    rise = optax.linear_schedule(config.learning_rate / (warmup + 1), config.learning_rate, warmup)
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW (b1 0.9, b2 0.999, eps 1e-8) for a run of `steps` steps."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(
+            learning_rate(config, steps),
+            b1=0.9,
+            b2=0.999,
+            eps=1e-8,
+            weight_decay=config.weight_decay,
+            mask=decayed,
+        ),
+    )
+
+
+def decayed(parameters: Any) -> Any:
+    """True at the parameters with weight decay: matrices, except the ones UNDECAYED names."""
+
+    def keep(path: tuple[Any, ...], value: Any) -> bool:
+        names = {str(getattr(part, "key", getattr(part, "name", part))) for part in path}
+        return np.ndim(value) >= 2 and not names & UNDECAYED
+
+    return jax.tree_util.tree_map_with_path(keep, parameters)

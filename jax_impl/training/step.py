@@ -1,0 +1,186 @@
+"""One optimizer step of a reranker: its loss terms, summed over micro-batches and devices, then divided.
+
+Every term is a numerator over a denominator that depends on the data alone, so a step accumulated from
+micro-batches, or spread over devices, has the gradient of the whole batch. Terms between queries see the queries
+of one micro-batch. Twin: mlx_impl/training/step.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from common.config import RerankerConfig
+from common.prepare import pairs_queries
+from jax_impl.losses.quantum import (
+    entanglement_loss,
+    resonance_loss,
+    superposition_entropy,
+    superposition_loss,
+)
+from jax_impl.losses.ranking import (
+    Pair,
+    listwise_denominator,
+    listwise_softmax,
+    log_probabilities,
+    pointwise_bce,
+)
+from jax_impl.models.cross_encoder import CrossEncoder, PairOutput
+from jax_impl.models.dropout import row_keys
+
+
+class Batch(NamedTuple):
+    """B lists of L candidates, S tokens (common.data.pipeline.ListBatch) as arrays of a backend."""
+
+    input_ids: jax.Array  # [B, L, S]
+    sides: jax.Array  # [B, L, S]
+    labels: jax.Array  # [B, L]
+    mask: jax.Array  # [B, L]
+    related: jax.Array  # [B, B]
+
+
+class Moment(NamedTuple):
+    """What the host tells a step: the settings of common.schedule.Phase."""
+
+    temperature: jax.Array | float
+    entropy_bonus: jax.Array | float
+    ramp: jax.Array | float
+
+
+class TrainState(NamedTuple):
+    """All that changes in training. `fixed` are parameters that do not learn."""
+
+    learned: Any
+    fixed: Any
+    optimizer: Any
+    step: jax.Array
+
+
+Terms = dict[str, Pair]
+Step = Callable[[TrainState, Batch, Moment], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def loss_terms(
+    config: RerankerConfig, out: PairOutput, batch: Batch, moment: Moment
+) -> tuple[Terms, dict[str, float | jax.Array]]:
+    """Every term of the recipe's loss as (numerator, denominator), and the weight of each; 0 is only logged."""
+    lists = batch.labels.shape
+    scores, portable = out.score.reshape(lists), out.portable.reshape(lists)  # [B, L]
+    judged = (batch.labels, batch.mask)
+    terms: Terms = {"rank": _rank_term(config, scores, judged, moment)}
+    weights: dict[str, float | jax.Array] = {"rank": 1.0}
+    quantum = config.quantum
+    if config.train.objective == "quantum" and quantum.mode == "resonance":
+        r = out.resonance.reshape(lists)
+        terms["resonance_relevant"], terms["resonance_other"] = resonance_loss(
+            r, *judged, quantum.resonance_threshold, quantum.resonance_sharpness
+        )
+        weights |= dict.fromkeys(
+            ("resonance_relevant", "resonance_other"), quantum.resonance_weight * moment.ramp
+        )
+    if pairs_queries(config):
+        states = (x.reshape(*lists, -1) for x in out.query)  # [B, L, C]
+        terms["entanglement_attract"], terms["entanglement_repel"] = entanglement_loss(
+            *states, *judged, batch.related, quantum.entanglement_margin
+        )
+        weights |= dict.fromkeys(
+            ("entanglement_attract", "entanglement_repel"), quantum.entanglement_weight * moment.ramp
+        )
+    terms["portable"] = portable_distillation(scores, portable, *judged)
+    terms["entropy"] = superposition_entropy(scores, *judged, moment.temperature)
+    weights |= {"portable": quantum.portable_weight, "entropy": 0.0}
+    return terms, weights
+
+
+def portable_distillation(scores: jax.Array, portable: jax.Array, labels: jax.Array, mask: jax.Array) -> Pair:
+    """KL(softmax(s) || softmax(s_port)) up to the constant entropy of s, which gets no gradient; all [B, L].
+
+    The constant is left out of the gradient, not of the value: the value is the KL, >= 0, 0 at equality.
+    """
+    teacher = jax.lax.stop_gradient(log_probabilities(scores, mask))  # [B, L]
+    student = log_probabilities(portable, mask)  # [B, L]
+    counted = mask & jnp.any(mask & (labels > 0), axis=1, keepdims=True)
+    divergence = jnp.where(counted, jnp.exp(teacher) * (teacher - student), 0.0)
+    return jnp.sum(divergence), listwise_denominator(labels, mask)
+
+
+def make_step(
+    config: RerankerConfig,
+    graphdef: nnx.GraphDef[CrossEncoder],
+    optimizer: optax.GradientTransformation,
+    dropout_key: jax.Array | None,
+    placed: jax.sharding.Sharding | None = None,
+) -> Step:
+    """A compiled step: (state, batch, moment) -> (state, mean of every term, loss and gradient norm).
+
+    The old state is donated and the new one is `placed` alike, so that nothing compiles twice. A step's dropout depends on `dropout_key`, the step number and the global row.
+    """
+    parts = config.train.micro_batches
+
+    def total_loss(
+        learned: Any, fixed: Any, batch: Batch, moment: Moment, keys: jax.Array | None, scale: dict[str, Any]
+    ) -> tuple[jax.Array, Terms]:
+        model = nnx.merge(graphdef, learned, fixed)
+        rows = batch.mask.size
+        out = model(batch.input_ids.reshape(rows, -1), batch.sides.reshape(rows, -1), keys)
+        terms, weights = loss_terms(config, out, batch, moment)
+        loss = sum(weights[name] * terms[name][0] * scale[name] for name in terms)
+        return jnp.asarray(loss), terms
+
+    gradient = jax.value_and_grad(total_loss, has_aux=True)
+
+    def step(state: TrainState, batch: Batch, moment: Moment) -> tuple[TrainState, dict[str, jax.Array]]:
+        rows = batch.mask.size
+        keys = None
+        if dropout_key is not None:
+            keys = row_keys(jax.random.fold_in(dropout_key, state.step), rows).reshape(parts, rows // parts)
+        micro = [split_batch(batch, part, parts) for part in range(parts)]
+        scale = denominators(config, micro)
+        loss, sums, gradients = jnp.zeros(()), {}, None
+        for part, piece in enumerate(micro):
+            part_keys = None if keys is None else keys[part]
+            (value, terms), grads = gradient(state.learned, state.fixed, piece, moment, part_keys, scale)
+            loss += value
+            sums = {name: sums.get(name, 0.0) + pair[0] for name, pair in terms.items()}
+            gradients = grads if gradients is None else jax.tree.map(jnp.add, gradients, grads)
+        updates, opt_state = optimizer.update(gradients, state.optimizer, state.learned)
+        learned = optax.apply_updates(state.learned, updates)
+        logged = {name: value * scale[name] for name, value in sums.items()}
+        logged |= {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
+        return TrainState(learned, state.fixed, opt_state, state.step + 1), logged
+
+    return jax.jit(step, donate_argnums=0, out_shardings=placed)
+
+
+def split_batch(batch: Batch, part: int, parts: int) -> Batch:
+    """Micro-batch `part` of `parts`: neighbouring lists, so that related queries stay together."""
+    size = batch.mask.shape[0] // parts
+    rows = slice(part * size, (part + 1) * size)
+    return Batch(*(x[rows] for x in batch[:-1]), batch.related[rows, rows])
+
+
+def denominators(config: RerankerConfig, micro: list[Batch]) -> dict[str, jax.Array]:
+    """1 / (denominator of each term over the whole batch, at least 1)."""
+    totals: dict[str, jax.Array] = {}
+    for batch in micro:
+        nothing = jnp.zeros(batch.mask.size)
+        state = (jnp.zeros((batch.mask.size, 1)),) * 2
+        out = PairOutput(nothing, nothing, nothing, state, state)
+        terms, _ = loss_terms(config, out, batch, Moment(1.0, 0.0, 0.0))
+        totals = {name: totals.get(name, 0.0) + pair[1] for name, pair in terms.items()}
+    return {name: 1.0 / jnp.maximum(1.0, total) for name, total in totals.items()}
+
+
+def _rank_term(
+    config: RerankerConfig, scores: jax.Array, judged: tuple[jax.Array, jax.Array], moment: Moment
+) -> Pair:
+    if config.train.objective == "bce":
+        return pointwise_bce(scores, *judged)
+    if config.train.objective == "listwise":
+        return listwise_softmax(scores, *judged)
+    return superposition_loss(scores, *judged, moment.temperature, moment.entropy_bonus)
