@@ -1,10 +1,11 @@
-"""Every setting, once: frozen dataclasses with units and ranges, read from a recipe and overridden by flags."""
+"""Every setting, once: frozen dataclasses with units and ranges, read from a recipe, overridden by flags."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import importlib.util
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -159,7 +160,12 @@ class RerankerConfig:
             ("quantum.resonance_weight", q.resonance_weight, q.resonance_weight >= 0, ">= 0"),
             ("quantum.resonance_sharpness", q.resonance_sharpness, q.resonance_sharpness > 0, "> 0"),
             ("quantum.entanglement_weight", q.entanglement_weight, q.entanglement_weight >= 0, ">= 0"),
-            ("quantum.entanglement_margin", q.entanglement_margin, abs(q.entanglement_margin) <= 1, "[-1, 1]"),
+            (
+                "quantum.entanglement_margin",
+                q.entanglement_margin,
+                abs(q.entanglement_margin) <= 1,
+                "[-1, 1]",
+            ),
             ("quantum.temperature_start", q.temperature_start, q.temperature_start > 0, "> 0"),
             ("quantum.temperature_end", q.temperature_end, q.temperature_end > 0, "> 0"),
             ("quantum.entropy_bonus", q.entropy_bonus, q.entropy_bonus >= 0, ">= 0"),
@@ -217,7 +223,7 @@ class RunOptions:
 
 
 def _increasing(values: Sequence[int]) -> bool:
-    return bool(values) and values[0] >= 8 and all(a < b for a, b in zip(values, values[1:], strict=False))
+    return bool(values) and values[0] >= 8 and all(a < b for a, b in itertools.pairwise(values))
 
 
 def load_recipe(path: str, preset: str | None = None) -> RerankerConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from common.backends import Encoder
@@ -48,9 +48,7 @@ def candidates(data: RankingData, split: str, encoder: Encoder, judged: bool = F
     return first_stages(data, queries, encoder, CANDIDATE_DEPTH, cache_root())
 
 
-def prepare(
-    config: RerankerConfig, encoder: Encoder, *, say: Callable[[str], None] = print
-) -> Prepared:
+def prepare(config: RerankerConfig, encoder: Encoder, *, say: Callable[[str], None] = print) -> Prepared:
     """Data, dev candidates and training lists of a recipe; says sizes and what was dropped.
 
     Raises UserError for everything wrong with the data.
@@ -69,7 +67,7 @@ def prepare(
 
 def _write_training(
     config: RerankerConfig, data: RankingData, encoder: Encoder
-) -> tuple[Path, Mapping[str, int]]:
+) -> tuple[Path, dict[str, int]]:
     """The folder of the training lists, written unless the cache has it."""
     settings = config.data
     key = cache_key(
@@ -77,7 +75,10 @@ def _write_training(
         encoder.identity,
         [settings.train_split, settings.negatives, settings.negative_pool],
         settings.related_threshold if pairs_queries(config) else None,
-        [settings.max_samples, config.train.seed if settings.max_samples or settings.negatives == "random" else 0],
+        [
+            settings.max_samples,
+            config.train.seed if settings.max_samples or settings.negatives == "random" else 0,
+        ],
     )
     run = _negatives(config, data, encoder)
     related = _related(config, data, encoder)

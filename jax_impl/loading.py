@@ -60,8 +60,8 @@ def load_cross_encoder(
 ) -> LoadedReranker:
     """A reranker from a base model or from a directory that we wrote (strict both ways).
 
-    `dropout` holds the rates of hidden states and of attention weights in training; the checkpoint's own are not
-    used. Raises UserError for missing, unexpected or misshaped tensors, all listed.
+    `dropout` holds the training rates of hidden states and of attention weights; the checkpoint's own are
+    not used. Raises UserError for missing, unexpected or misshaped tensors, all listed.
     """
     directory = surviving(directory)
     config = read_config(directory)
@@ -103,7 +103,9 @@ def choose_start(directory: Path, config: Mapping[str, Any], tensors: Arrays, wa
             "cross-encoder with num_labels 1."
         )
     if wanted == "cross_encoder" and labels is None:
-        raise UserError(f"{directory}: model.start is cross_encoder, but there is no classifier to begin with.")
+        raise UserError(
+            f"{directory}: model.start is cross_encoder, but there is no classifier to begin with."
+        )
     if wanted != "auto":
         return wanted
     if labels == 1:
@@ -119,7 +121,7 @@ def save_cross_encoder(
     tokenizer_save: Callable[[Path], None],
     card: str,
 ) -> None:
-    """Write the checkpoint directory of a reranker, adapters merged; other libraries load its portable score."""
+    """Write a reranker's checkpoint directory, adapters merged; other libraries load its portable score."""
     tensors = model_tensors(loaded.model)
     head = {key.removeprefix("resonance."): value for key, value in tensors.items() if _is_head(key)}
     portable = {key: value for key, value in tensors.items() if not _is_head(key)}
@@ -206,13 +208,21 @@ def _begin(model: CrossEncoder, start: str, rngs: nnx.Rngs) -> None:
         head.b[...] = jnp.asarray(-WARM_GAMMA * EVEN_COSINE)
     elif start == "cross_encoder":
         head.u[...] = model.classifier.kernel[...][:, 0]
+        assert model.classifier.bias is not None
         head.b[...] = model.classifier.bias[...][0]
     else:
         head.u[...] = COLD_SPREAD * jnp.asarray(rngs.params.normal(head.u[...].shape))
 
 
 def _parameters(model: nnx.Module) -> list[tuple[keymap.ParamPath, nnx.Variable]]:
-    return [(tuple(path), variable) for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+    return [
+        (tuple(map(_name, path)), variable)
+        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    ]
+
+
+def _name(part: object) -> str | int:
+    return part if isinstance(part, int) else str(part)
 
 
 def _is_head(key: str) -> bool:
@@ -234,7 +244,9 @@ def _fill(
         key, transform = keymap.to_checkpoint(path)
         if not (skip_head and _is_head(key)):
             keyed[key] = (variable, transform)
-    expected = {key: keymap.apply(how, variable[...]).shape for key, (variable, how) in keyed.items()}
+    expected = {
+        key: keymap.apply(how, np.asarray(variable[...])).shape for key, (variable, how) in keyed.items()
+    }
     found = {key: value.shape for key, value in tensors.items()}
     check_keys(expected, found, optional=optional, droppable=droppable, where=where)
     for key, (variable, transform) in keyed.items():

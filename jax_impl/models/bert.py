@@ -1,6 +1,7 @@
 """The BERT family of encoders (BERT, MiniLM): attribute paths are the Hugging Face checkpoint's keys.
 
-Source: Devlin et al. 2019, arXiv:1810.04805; names after transformers' `BertModel`. Twin: mlx_impl/models/bert.py.
+Source: Devlin et al. 2019, arXiv:1810.04805; names after transformers' `BertModel`.
+Twin: mlx_impl/models/bert.py.
 
 Letters: N rows, S tokens, D width, H heads, K head width.
 """

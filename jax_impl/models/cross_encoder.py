@@ -1,4 +1,4 @@
-"""The cross-encoder: query and passage encoded together, scored by [CLS] and by the resonance of their states.
+"""The cross-encoder: query and passage encoded together, scored by [CLS] and by their states' resonance.
 
 s = u.h_CLS + gamma r + b, with r = Re<psi_q|psi_d> of the projected means of the two sides; beside it the
 portable score classifier.h_CLS, which other libraries load. Source: DESIGN section 3.
@@ -71,7 +71,7 @@ class CrossEncoder(nnx.Module):
 
         Args:
           input_ids: [N, S] integers.
-          sides: [N, S], 0 padding, 1 the query's side, 2 the passage's, special tokens included on their side.
+          sides: [N, S], 0 padding, 1 the query's side, 2 the passage's; special tokens count with their side.
           keys: [N] random keys for dropout, none in evaluation.
         """
         segments = self.passage_segment * (sides == PASSAGE_SIDE).astype(jnp.int32)

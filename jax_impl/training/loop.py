@@ -76,14 +76,14 @@ class Trainer:
         self.steps = planned_steps(config, len(self.plan))
         self.loaded = _load(config, directory, self.dtype)
         self._report_start()
-        filters = (trainable, ...) if config.model.use_lora else (nnx.Param, ...)
-        self.graphdef, learned, fixed = nnx.split(self.loaded.model, *filters)
+        learns: Any = trainable if config.model.use_lora else nnx.Param
+        graphdef, learned, fixed = nnx.split(self.loaded.model, learns, ...)  # type: ignore[misc]
         optimizer = make_optimizer(train, self.steps)
         key = jax.random.fold_in(jax.random.key(train.seed), 1)
         dropout = train.hidden_dropout > 0 or train.attention_dropout > 0
         self.mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
         everywhere = NamedSharding(self.mesh, PartitionSpec())
-        self._step = make_step(config, self.graphdef, optimizer, key if dropout else None, everywhere)
+        self._step = make_step(config, graphdef, optimizer, key if dropout else None, everywhere)
         if train.batch_size // train.micro_batches % jax.device_count():
             raise UserError(
                 f"train.batch_size {train.batch_size} / micro_batches {train.micro_batches} does not divide over "
@@ -136,11 +136,13 @@ class Trainer:
             self.say(f"stopped at step {step}; the same command goes on from there")
             raise KeyboardInterrupt
 
-    def _one_step(self, step: int, batch: ListBatch) -> dict[str, jax.Array]:
+    def _one_step(self, step: int, batch: ListBatch) -> dict[str, Any]:
         phase = self._phase(step)
         moment = Moment(phase.temperature, phase.entropy_bonus, phase.ramp)
-        arrays = Batch(batch.input_ids, batch.sides, batch.labels, batch.mask, batch.related)
-        placed = jax.device_put(arrays, NamedSharding(self.mesh, PartitionSpec("data")))
+        placed: Batch = jax.device_put(
+            Batch(*(getattr(batch, name) for name in Batch._fields)),
+            NamedSharding(self.mesh, PartitionSpec("data")),
+        )
         self.state, logged = self._step(self.state, placed, moment)
         return logged | {"real_tokens": batch.token_share}
 
@@ -159,7 +161,9 @@ class Trainer:
         phase = self._phase(step)
         rate = float(learning_rate(self.config.train, self.steps)(step - 1))
         self.folder.log(
-            step, "train", values | {"temperature": phase.temperature, "ramp": phase.ramp, "learning_rate": rate}
+            step,
+            "train",
+            values | {"temperature": phase.temperature, "ramp": phase.ramp, "learning_rate": rate},
         )
         return f"loss {values['loss']:.4f}"
 

@@ -63,11 +63,11 @@ class StateFolder:
             notes = self._checkpointer.checkpointables_metadata(step).custom_metadata
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"{self.directory}: the state of step {step} cannot be read ({error}). Delete the folder {step} "
-                "there to go on from the one before, or start over with --fresh."
+                f"{self.directory}: the state of step {step} cannot be read ({error}). Delete the folder "
+                f"{step} there to go on from the one before, or start over with --fresh."
             ) from error
         treedef = jax.tree.structure(like)
-        leaves = [jnp.asarray(loaded[f"{number:04d}"]) for number in range(treedef.num_leaves)]
+        leaves = [jnp.asarray(loaded[name]) for name in _arrays(like)]
         return jax.tree.unflatten(treedef, leaves), dict(notes or {})
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """One optimizer step of a reranker: its loss terms, summed over micro-batches and devices, then divided.
 
 Every term is a numerator over a denominator that depends on the data alone, so a step accumulated from
-micro-batches, or spread over devices, has the gradient of the whole batch. Terms between queries see the queries
-of one micro-batch. Twin: mlx_impl/training/step.py.
+micro-batches, or spread over devices, has the gradient of the whole batch. Terms between queries see the
+queries of one micro-batch. Twin: mlx_impl/training/step.py.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Batch(NamedTuple):
     labels: jax.Array  # [B, L]
     mask: jax.Array  # [B, L]
     related: jax.Array  # [B, B]
+    query_index: jax.Array  # [B]
 
 
 class Moment(NamedTuple):
@@ -68,7 +69,7 @@ Step = Callable[[TrainState, Batch, Moment], tuple[TrainState, dict[str, jax.Arr
 def loss_terms(
     config: RerankerConfig, out: PairOutput, batch: Batch, moment: Moment
 ) -> tuple[Terms, dict[str, float | jax.Array]]:
-    """Every term of the recipe's loss as (numerator, denominator), and the weight of each; 0 is only logged."""
+    """Every term of the recipe's loss as (numerator, denominator), and its weight; 0 is only logged."""
     lists = batch.labels.shape
     scores, portable = out.score.reshape(lists), out.portable.reshape(lists)  # [B, L]
     judged = (batch.labels, batch.mask)
@@ -84,9 +85,9 @@ def loss_terms(
             ("resonance_relevant", "resonance_other"), quantum.resonance_weight * moment.ramp
         )
     if pairs_queries(config):
-        states = (x.reshape(*lists, -1) for x in out.query)  # [B, L, C]
+        re, im = (x.reshape(*lists, -1) for x in out.query)  # [B, L, C]
         terms["entanglement_attract"], terms["entanglement_repel"] = entanglement_loss(
-            *states, *judged, batch.related, quantum.entanglement_margin
+            re, im, *judged, batch.related, quantum.entanglement_margin, batch.query_index
         )
         weights |= dict.fromkeys(
             ("entanglement_attract", "entanglement_repel"), quantum.entanglement_weight * moment.ramp
@@ -118,7 +119,8 @@ def make_step(
 ) -> Step:
     """A compiled step: (state, batch, moment) -> (state, mean of every term, loss and gradient norm).
 
-    The old state is donated and the new one is `placed` alike, so that nothing compiles twice. A step's dropout depends on `dropout_key`, the step number and the global row.
+    The old state is donated and the new one is `placed` alike, so that nothing compiles twice. A step's dropout
+    depends on `dropout_key`, the step number and the global row.
     """
     parts = config.train.micro_batches
 
@@ -141,7 +143,9 @@ def make_step(
             keys = row_keys(jax.random.fold_in(dropout_key, state.step), rows).reshape(parts, rows // parts)
         micro = [split_batch(batch, part, parts) for part in range(parts)]
         scale = denominators(config, micro)
-        loss, sums, gradients = jnp.zeros(()), {}, None
+        loss = jnp.zeros(())
+        sums: dict[str, Any] = {}
+        gradients: Any = None
         for part, piece in enumerate(micro):
             part_keys = None if keys is None else keys[part]
             (value, terms), grads = gradient(state.learned, state.fixed, piece, moment, part_keys, scale)
@@ -161,7 +165,8 @@ def split_batch(batch: Batch, part: int, parts: int) -> Batch:
     """Micro-batch `part` of `parts`: neighbouring lists, so that related queries stay together."""
     size = batch.mask.shape[0] // parts
     rows = slice(part * size, (part + 1) * size)
-    return Batch(*(x[rows] for x in batch[:-1]), batch.related[rows, rows])
+    cut = Batch(*(x[rows] for x in batch))
+    return cut._replace(related=batch.related[rows, rows])
 
 
 def denominators(config: RerankerConfig, micro: list[Batch]) -> dict[str, jax.Array]:
