@@ -86,8 +86,8 @@ class Trainer:
         self._step = make_step(config, graphdef, optimizer, key if dropout else None, everywhere)
         if train.batch_size // train.micro_batches % jax.device_count():
             raise UserError(
-                f"train.batch_size {train.batch_size} / micro_batches {train.micro_batches} does not divide over "
-                f"{jax.device_count()} devices; choose a multiple."
+                f"train.batch_size {train.batch_size} / micro_batches {train.micro_batches} does not divide "
+                f"over {jax.device_count()} devices; choose a multiple."
             )
         state = TrainState(learned, fixed, optimizer.init(learned), jnp.zeros((), jnp.int32))
         self.state: TrainState = jax.device_put(state, everywhere)
@@ -172,8 +172,8 @@ class Trainer:
         if not all(map(math.isfinite, values.values())):
             broken = ", ".join(name for name, value in values.items() if not math.isfinite(value))
             raise UserError(
-                f"step {step}: {broken} is not a finite number; the parameters are lost since the last state. "
-                "Lower --train.learning-rate or --train.max-grad-norm, or check the data; then --fresh."
+                f"step {step}: {broken} is not a finite number; what was learned since the last state "
+                "is lost. Lower --train.learning-rate or --train.max-grad-norm, or check the data; then --fresh."
             )
         return values
 
@@ -192,8 +192,8 @@ class Trainer:
             },
         )
         self.say(
-            f"dev at step {step}: {self.config.evaluation.metric} {result.metric:.4f} alone, {result.fused:.4f} "
-            f"fused (first stage {self.dev.baseline:.4f})"
+            f"dev at step {step}: {self.config.evaluation.metric} {result.metric:.4f} alone, "
+            f"{result.fused:.4f} fused (first stage {self.dev.baseline:.4f})"
         )
         self._guard_collapse(step, result, notes)
         if notes["best"] is None or result.metric > notes["best"]:
@@ -212,8 +212,8 @@ class Trainer:
         notes["collapsed"] = notes["collapsed"] + 1 if result.spread < COLLAPSED_SPREAD else 0
         if notes["collapsed"] >= 2:
             raise UserError(
-                f"step {step}: the scores have collapsed: within a query they differ by {result.spread:.1e}, in two "
-                "evaluations in a row. Lower --train.learning-rate, or check that positives and negatives differ."
+                f"step {step}: the scores have collapsed: within a query they differ by {result.spread:.1e}, "
+                "in two evaluations in a row. Lower --train.learning-rate, or check that positives and negatives differ."
             )
 
     def _finish(self, notes: dict[str, Any]) -> dict[str, Any]:
