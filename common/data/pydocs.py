@@ -37,8 +37,8 @@ SKIPPED_FOLDERS = {
 # Libraries that document the same functions: one topic lies in one split whichever package it comes from.
 SHARED_TOPICS = ("fft", "linalg", "random", "special", "stats", "signal", "ndimage", "optimize", "sparse")
 QUERY_WORDS = (5, 40)
-BODY_WORDS = (20, 80)  # at least; cut to
-GROUP_LIMIT = 240  # passages of one group
+BODY_WORDS = (20, 50)  # at least; cut to
+GROUP_LIMIT = 60  # passages of one group
 # chosen so that standard modules and packages are spread over the splits
 SPLIT_SALT = "pydocs-13:"
 QUERY_LIMITS = {"test": 300, "dev": 200}  # judged queries; the passages stay in the corpus

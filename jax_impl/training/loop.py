@@ -173,7 +173,7 @@ class Trainer:
             broken = ", ".join(name for name, value in values.items() if not math.isfinite(value))
             raise UserError(
                 f"step {step}: {broken} is not a finite number; what was learned since the last state "
-                "is lost. Lower --train.learning-rate or --train.max-grad-norm, or check the data; then --fresh."
+                "is lost. Lower --train.learning-rate or --train.max-grad-norm, then start --fresh."
             )
         return values
 
@@ -213,7 +213,7 @@ class Trainer:
         if notes["collapsed"] >= 2:
             raise UserError(
                 f"step {step}: the scores have collapsed: within a query they differ by {result.spread:.1e}, "
-                "in two evaluations in a row. Lower --train.learning-rate, or check that positives and negatives differ."
+                "twice in a row. Lower --train.learning-rate, or check that positives and negatives differ."
             )
 
     def _finish(self, notes: dict[str, Any]) -> dict[str, Any]:
@@ -348,7 +348,7 @@ A quantum-resonance reranker (cross-encoder), fine-tuned from `{config.model.bas
 
 These queries chose the checkpoint and the weight; measure a test split with `scripts/evaluate.py`.
 
-`scripts/rerank.py --model DIR` uses the full score. `sentence_transformers.CrossEncoder(DIR)` and transformers
+`scripts/rerank.py --model DIR` uses the full score. `sentence_transformers.CrossEncoder(DIR)` and others
 load the portable score, the linear classifier distilled from it.
 """
 
@@ -403,8 +403,8 @@ def _explained(config: RerankerConfig) -> Iterator[None]:
             raise
         train, data = config.train, config.data
         raise UserError(
-            f"out of memory: raise --train.micro-batches (now {train.micro_batches}), which keeps the result; or "
-            f"lower --train.batch-size ({train.batch_size}), --data.list-size ({data.list_size}) or "
-            f"--data.max-passage-tokens ({data.max_passage_tokens}); or set --model.use-lora. "
-            f"The same command goes on from the last state. ({text.splitlines()[0] if text else 'host memory'})"
+            f"out of memory: raise --train.micro-batches (now {train.micro_batches}), which keeps the "
+            f"result, or lower --train.batch-size ({train.batch_size}), --data.list-size ({data.list_size}), "
+            f"or --data.max-passage-tokens ({data.max_passage_tokens}); or set --model.use-lora. "
+            f"The same command then goes on. ({text.splitlines()[0] if text else 'host memory'})"
         ) from error

@@ -119,7 +119,7 @@ def make_step(
 ) -> Step:
     """A compiled step: (state, batch, moment) -> (state, mean of every term, loss and gradient norm).
 
-    The old state is donated and the new one is `placed` alike, so that nothing compiles twice. A step's dropout
+    The old state is donated and the new one is `placed` alike, so that nothing compiles twice. Dropout
     depends on `dropout_key`, the step number and the global row.
     """
     parts = config.train.micro_batches
