@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from common.errors import UserError
 from jax_impl.models.dropout import dropout
 
 ACTIVATIONS = {
@@ -64,7 +65,13 @@ class BertEmbeddings(nnx.Module):
         self.LayerNorm = nnx.LayerNorm(width, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
 
     def __call__(self, input_ids: jax.Array, token_type_ids: jax.Array) -> jax.Array:
-        positions = jnp.arange(input_ids.shape[1])
+        tokens, limit = input_ids.shape[1], self.position_embeddings.num_embeddings
+        if tokens > limit:  # looked up all the same, it would be NaN
+            raise UserError(
+                f"a batch is padded to {tokens} tokens, but this model has positions for {limit}: lower "
+                f"data.max_query_tokens and data.max_passage_tokens, and keep data.length_buckets to {limit}."
+            )
+        positions = jnp.arange(tokens)
         x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)  # [N, S, D]
         return self.LayerNorm(x + self.position_embeddings(positions))
 

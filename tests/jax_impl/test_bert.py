@@ -79,6 +79,12 @@ def test_padding_tokens_change_nothing(seed: int, tmp_path: Path) -> None:
     assert float(jnp.max(jnp.abs(a[0, :7] - alone[0]))) <= 1e-5
 
 
+def test_more_tokens_than_positions_are_refused(tmp_path: Path) -> None:
+    model = load_cross_encoder(write_base(tmp_path / "base"), ModelConfig()).model.bert
+    with pytest.raises(UserError, match=r"padded to 65 tokens, but this model has positions for 64: lower"):
+        model(jnp.zeros((1, 65), int), jnp.ones((1, 65), bool))
+
+
 def test_an_activation_we_do_not_have_is_refused_by_name(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", hidden_act="swish9")
     with pytest.raises(UserError, match=r"config\.json: hidden_act is 'swish9'; allowed: gelu"):
