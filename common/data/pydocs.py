@@ -37,7 +37,7 @@ SKIPPED_FOLDERS = {
 # Libraries that document the same functions: one topic lies in one split whichever package it comes from.
 SHARED_TOPICS = ("fft", "linalg", "random", "special", "stats", "signal", "ndimage", "optimize", "sparse")
 QUERY_WORDS = (5, 40)
-BODY_WORDS = (16, 40)  # at least; cut to
+BODY_WORDS = (12, 28)  # at least; cut to
 GROUP_LIMIT = 60  # passages of one group
 # chosen so that standard modules and packages are spread over the splits
 SPLIT_SALT = "pydocs-13:"

@@ -98,8 +98,9 @@ class Trainer:
         """Train to the end; returns the summary that training.json holds. Raises UserError (see `errors`)."""
         with contextlib.closing(StateFolder(self.folder.state)) as states, _interruptible() as stop:
             notes = self._restore(states)
-            with _explained(self.config):
-                self._train(states, notes, stop)
+            if not notes.get("stopped"):
+                with _explained(self.config):
+                    self._train(states, notes, stop)
             return self._finish(notes)
 
     def _restore(self, states: StateFolder) -> dict[str, Any]:
@@ -406,5 +407,5 @@ def _explained(config: RerankerConfig) -> Iterator[None]:
             f"out of memory: raise --train.micro-batches (now {train.micro_batches}), which keeps the "
             f"result, or lower --train.batch-size ({train.batch_size}), --data.list-size ({data.list_size}), "
             f"or --data.max-passage-tokens ({data.max_passage_tokens}); or set --model.use-lora. "
-            f"The same command then goes on. ({text.splitlines()[0] if text else 'host memory'})"
+            f"Then start --fresh, or under another --name. ({text.splitlines()[0] if text else 'host memory'})"
         ) from error
