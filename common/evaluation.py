@@ -18,7 +18,7 @@ from common.data.records import Qrels, RankingData, Run
 from common.errors import UserError
 from common.metrics.ranking import DEFAULT_METRICS, evaluate_run, mean, ranked
 from common.metrics.significance import bootstrap_interval, paired_randomisation
-from common.progress import Steps
+from common.progress import progress
 from common.retrieval.fusion import fuse_runs
 
 Kind = Literal["first stage", "alone", "fused", "portable"]
@@ -195,7 +195,7 @@ def score_pairs(
     known = read_cache(path, _read_scores) if path is not None and path.exists() else {}
     missing = [(query, p) for query, passages in pairs.items() for p in passages if (query, p) not in known]
     missing.sort(key=lambda pair: -len(data.queries[pair[0]]) - len(data.corpus[pair[1]]))
-    with Steps(len(missing), f"{scorer.name}: pairs scored") as steps:
+    with progress(len(missing), f"{scorer.name}: pairs scored") as steps:
         for start in range(0, len(missing), _CHUNK):
             chunk = missing[start : start + _CHUNK]
             known |= _score_chunk(scorer, data, chunk, steps.advance)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from common.checkpoint import read_json, write_file
-from common.runs import Metrics, clock, read_metrics
+from common.progress import clock
+from common.runs import Metrics, read_metrics
 
 RESULTS_FILE = "results.json"  # {"tables": [Table, ...]}, written by the command that evaluates the run
 

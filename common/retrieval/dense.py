@@ -14,7 +14,7 @@ from common.backends import Encoder
 from common.cache import read_cache, write_cache
 from common.data.records import Run
 from common.errors import UserError
-from common.progress import Steps
+from common.progress import progress
 
 _CHUNK = 4096  # texts between two signs of progress
 
@@ -78,7 +78,7 @@ def embed(texts: Sequence[str], encoder: Encoder, kind: Literal["query", "passag
     """Vectors [N, D] of the texts, in their order; encoded from the longest to the shortest."""
     vectors = np.empty((len(texts), encoder.dim), np.float32)
     order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))
-    with Steps(len(texts), f"{encoder.name}: {kind} vectors") as steps:
+    with progress(len(texts), f"{encoder.name}: {kind} vectors") as steps:
         for start in range(0, len(order), _CHUNK):
             places = order[start : start + _CHUNK]
             vectors[places] = encoder.encode([texts[place] for place in places], kind=kind)

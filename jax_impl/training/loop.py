@@ -27,8 +27,9 @@ from common.hub import resolve_model
 from common.metrics.calibration import Confidence, confidence_features
 from common.metrics.ranking import evaluate_run, mean, ranked
 from common.prepare import Prepared, pairs_queries
+from common.progress import progress
 from common.retrieval.fusion import choose_omega
-from common.runs import RunFolder, environment, progress
+from common.runs import RunFolder, environment
 from common.schedule import Phase, phase_at
 from common.text import PairTokenizer
 from jax_impl.loading import LoadedReranker, load_cross_encoder, save_cross_encoder

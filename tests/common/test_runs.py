@@ -14,7 +14,7 @@ import pytest
 import common.runs as runs
 from common.errors import UserError
 from common.report import write_report
-from common.runs import RunFolder, environment, progress, read_metrics
+from common.runs import RunFolder, environment, read_metrics
 
 CONFIG: dict[str, Any] = {"train": {"learning_rate": 5e-5, "seed": 0}, "data": {"name": "pydocs"}}
 
@@ -153,20 +153,6 @@ def test_a_full_disk_while_logging_says_so(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(runs, "_append", full)
         with pytest.raises(UserError, match=r"metrics\.jsonl: No space left.*Free some space.*resumes"):
             run.log(1, "train", {"loss": 1})
-
-
-def test_progress_without_a_terminal_prints_lines_with_an_estimate(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = iter(range(0, 10_000, 10))
-    monkeypatch.setattr(runs.time, "monotonic", lambda: float(next(now)))
-    with progress(12, "training", start=2) as bar:
-        for step in range(3, 13):
-            bar.update(step, f"loss {step}")
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "training 3/12  loss 3"
-    assert any(" left  loss " in line for line in lines[1:-1])
-    assert lines[-1] == "training 12/12  loss 12"
 
 
 def test_the_environment_names_commit_and_versions() -> None:
