@@ -408,5 +408,5 @@ def _explained(config: RerankerConfig) -> Iterator[None]:
             f"out of memory: raise --train.micro-batches (now {train.micro_batches}), which keeps the "
             f"result, or lower --train.batch-size ({train.batch_size}), --data.list-size ({data.list_size}), "
             f"or --data.max-passage-tokens ({data.max_passage_tokens}); or set --model.use-lora. "
-            f"Then start --fresh, or under another --name. ({text.splitlines()[0] if text else 'host memory'})"
+            f"Then start --fresh or with another --name. ({text.splitlines()[0] if text else 'host memory'})"
         ) from error
