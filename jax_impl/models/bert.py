@@ -18,12 +18,47 @@ from flax import nnx
 from common.errors import UserError
 from jax_impl.models.dropout import dropout
 
+
+@jax.checkpoint
+def _gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU through erf: on CPU a third of the time of jax.nn.gelu, which takes erfc."""
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1.0 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
+
+
 ACTIVATIONS = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": _gelu,
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
+
+
+@jax.custom_vjp
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., D] @ kernel [D, F]; unlike JAX's own, its gradient copies no transposed activation on CPU."""
+    return x @ kernel
+
+
+def _matmul_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _matmul_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    return dy @ kernel.T, x.reshape(-1, x.shape[-1]).T @ dy.reshape(-1, dy.shape[-1])
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def linear(inputs: int, outputs: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear layer over `matmul`."""
+    return nnx.Linear(inputs, outputs, dot_general=_dot_general, dtype=dtype, rngs=rngs)
+
+
+def _dot_general(x: jax.Array, kernel: jax.Array, dimensions: Any, **_: Any) -> jax.Array:
+    return matmul(x, kernel)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +115,9 @@ class BertSelfAttention(nnx.Module):
     def __init__(self, config: BertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         width = config.hidden_size
         self.heads = config.num_attention_heads
-        self.query = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
-        self.key = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
-        self.value = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.query = linear(width, width, dtype=dtype, rngs=rngs)
+        self.key = linear(width, width, dtype=dtype, rngs=rngs)
+        self.value = linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, bias: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
         rows, tokens, width = x.shape
@@ -90,17 +125,20 @@ class BertSelfAttention(nnx.Module):
         def split(y: jax.Array) -> jax.Array:  # heads before tokens: on CPU seven times faster than after
             return y.reshape(rows, tokens, self.heads, -1).swapaxes(1, 2)  # [N, H, S, K]
 
-        query, key, value = split(self.query(x)), split(self.key(x)), split(self.value(x))
-        logits = jnp.einsum("nhsk,nhtk->nhst", query, key) * (query.shape[-1] ** -0.5) + bias
-        weights = jax.nn.softmax(logits.astype(jnp.float32), axis=-1).astype(x.dtype)  # [N, H, S, S]
-        weights = dropout(weights, rate, keys, site=0)
-        context = jnp.einsum("nhst,nhtk->nhsk", weights, value)
+        query = split(self.query(x) * (width // self.heads) ** -0.5)
+        key, value = split(self.key(x)), split(self.value(x))
+        logits = jnp.einsum("nhsk,nhtk->nhst", query, key).astype(jnp.float32) + bias  # [N, H, S, S]
+        # A softmax divided after the value product: no pass over [S, S] to normalise, forth or back.
+        powers = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+        total = powers.sum(axis=-1, keepdims=True)  # [N, H, S, 1]
+        weights = dropout(powers.astype(x.dtype), rate, keys, site=0)
+        context = (jnp.einsum("nhst,nhtk->nhsk", weights, value) / total).astype(x.dtype)
         return context.swapaxes(1, 2).reshape(rows, tokens, width)  # [N, S, D]
 
 
 class BertSelfOutput(nnx.Module):
     def __init__(self, width_in: int, config: BertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.dense = nnx.Linear(width_in, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.dense = linear(width_in, config.hidden_size, dtype=dtype, rngs=rngs)
         self.LayerNorm = nnx.LayerNorm(
             config.hidden_size, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs
         )
@@ -119,7 +157,7 @@ class BertAttention(nnx.Module):
 
 class BertIntermediate(nnx.Module):
     def __init__(self, config: BertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.dense = nnx.Linear(config.hidden_size, config.intermediate_size, dtype=dtype, rngs=rngs)
+        self.dense = linear(config.hidden_size, config.intermediate_size, dtype=dtype, rngs=rngs)
 
 
 class BertLayer(nnx.Module):
@@ -149,7 +187,7 @@ class BertEncoder(nnx.Module):
 
 class BertPooler(nnx.Module):
     def __init__(self, config: BertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.dense = nnx.Linear(config.hidden_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.dense = linear(config.hidden_size, config.hidden_size, dtype=dtype, rngs=rngs)
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         return jnp.tanh(self.dense(hidden[:, 0]))  # [N, D]
@@ -189,8 +227,8 @@ class BertModel(nnx.Module):
             token_type_ids = jnp.zeros_like(input_ids)
         x = self.embeddings(input_ids, token_type_ids)  # [N, S, D]
         x = dropout(x, self.config.hidden_dropout_prob, keys, site=3)
-        bias = jnp.where(attention_mask.astype(bool), 0.0, jnp.finfo(x.dtype).min)[:, None, None, :]
+        bias = jnp.where(attention_mask.astype(bool), 0.0, jnp.finfo(jnp.float32).min)[:, None, None, :]
         for index, layer in enumerate(self.encoder.layer):
             layer_keys = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, index)
-            x = layer(x, bias.astype(x.dtype), layer_keys)
+            x = layer(x, bias, layer_keys)
         return x

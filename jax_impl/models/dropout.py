@@ -1,14 +1,13 @@
 """Dropout whose mask depends on a row's own key alone, so that no batch layout or device count changes it.
 
-Source: Srivastava et al. 2014. Twin: mlx_impl/models/dropout.py.
+Source: Srivastava et al. 2014; the integer hash is `lowbias32` of Chris Wellons' hash-prospector.
+Twin: mlx_impl/models/dropout.py.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-
-LEVELS = 2**8  # a mask is drawn from 8 random bits: a quarter of the cost of 32 on CPU
 
 
 def row_keys(key: jax.Array, rows: int, first_row: int | jax.Array = 0) -> jax.Array:
@@ -21,13 +20,22 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array | None, site: int) -> jax
 
     Args:
       x: any shape, rows first.
-      rate: in [0, 1), rounded to a multiple of 1/256; the scale uses the rounded rate, so the mean is kept.
+      rate: in [0, 1).
       keys: [N] keys from `row_keys`, or None in evaluation.
       site: which of the places that share `keys` this is.
     """
-    dropped = round(rate * LEVELS)
-    if keys is None or dropped == 0:
+    if keys is None or rate == 0:
         return x
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, site)
-    bits = jax.vmap(lambda key: jax.random.bits(key, x.shape[1:], jnp.uint8))(keys)
-    return jnp.where(bits >= dropped, x * (LEVELS / (LEVELS - dropped)), 0).astype(x.dtype)
+    # A hash of key and position, fused into the product: jax.random.bits costs a fifth of a step on CPU.
+    words = jax.random.key_data(keys).reshape(-1, 2, *[1] * (x.ndim - 1))
+    position = jnp.arange(x[0].size, dtype=jnp.uint32).reshape(x.shape[1:])
+    bits = _mixed(_mixed(position + words[:, 0]) ^ words[:, 1])
+    return jnp.where(bits >= jnp.uint32(round(rate * 2**32)), x * (1 / (1 - rate)), 0).astype(x.dtype)
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    """A hash of uint32 to uint32 in which every bit of x moves every bit of the result."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
