@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.checkpoint import surviving
+from common.config import RerankerConfig
 from common.errors import UserError
-from common.hub import resolve_model
+from common.hub import DEFAULT_MODEL, resolve_model
 
 # backend -> the framework that must be installed, the module that loads models, what to install
 _BACKENDS = {
@@ -81,11 +82,37 @@ def load_encoder(
 
 
 def load_scorer(
-    path_or_name: str | Path, backend: str = "auto", *, say: Callable[[str], None] = print
+    path_or_name: str | Path,
+    backend: str = "auto",
+    *,
+    recipe: RerankerConfig | None = None,
+    say: Callable[[str], None] = print,
 ) -> Scorer:
-    """The cross-encoder in a directory or of a name that `common.hub` finds. Raises UserError."""
-    scorer: Scorer = _module(backend).load_scorer(resolve_model(path_or_name, say=say))
+    """The cross-encoder in a directory or of a name that `common.hub` finds. Raises UserError.
+
+    A base that was never trained scores as `recipe` would start it (the default recipe when absent).
+    """
+    scorer: Scorer = _module(backend).load_scorer(resolve_model(path_or_name, say=say), recipe)
     return scorer
+
+
+def load_trainer(backend: str = "auto") -> Callable[..., dict[str, Any]]:
+    """train_reranker(config, prepared, folder) of a backend: trains to the end, returns a summary."""
+    package = _module(backend).__name__.partition(".")[0]
+    trainer: Callable[..., dict[str, Any]] = importlib.import_module(
+        f"{package}.training.loop"
+    ).train_reranker
+    return trainer
+
+
+def checkpoint_name(directory: Path) -> str:
+    """What a table calls a checkpoint: its folder, with the run's name before `best` and `final`."""
+    name, parent = directory.absolute().name, directory.absolute().parent
+    if name in ("best", "final"):
+        return f"{parent.name}/{name}"
+    if parent.name == "snapshots":  # of the hub's cache: models--owner--name/snapshots/<commit>
+        return parent.parent.name.rpartition("--")[2]
+    return DEFAULT_MODEL.rpartition("/")[2] if name == "model" else name  # `model`: the packaged one
 
 
 def checkpoint_identity(directory: str | Path, *settings: object) -> str:

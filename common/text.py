@@ -1,4 +1,4 @@
-"""Tokenizers for query-passage pairs: separate limits, the family's own template, segment 0 throughout.
+"""Tokenizers for query-passage pairs: separate limits, the family's own template, stated segments.
 
 A pair reads `[CLS] query [SEP] passage [SEP]` (or the template of the checkpoint's family). Each token has a
 side: 1 the query with its special tokens, 2 the passage with its own, 0 padding.
@@ -97,6 +97,14 @@ class PairTokenizer:
             self.max_query_tokens + self.max_passage_tokens + sum(len(part) for part in self._pair_template)
         )
 
+    @property
+    def truncated(self) -> str:
+        """`truncation` in words."""
+        return (
+            f"truncated: {self.truncation.query_share:.1%} of queries (over {self.max_query_tokens} tokens), "
+            f"{self.truncation.passage_share:.1%} of passages (over {self.max_passage_tokens})"
+        )
+
     def query_ids(self, queries: Sequence[str]) -> tuple[list[Ids], np.ndarray]:
         """Query sides of pairs, special tokens included, and bool [N]: which queries were truncated."""
         before, after, _ = self._pair_template
@@ -145,23 +153,24 @@ class PairTokenizer:
             seen, pairs=seen.pairs + pairs, queries=seen.queries + queries, passages=seen.passages + passages
         )
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Path, passage_segment: int = 0) -> None:
         """Write the tokenizer files of a checkpoint directory.
 
-        tokenizer.json gives segment 0 to both texts of a pair, and tokenizer_config.json asks for no token
-        types, so that every program that loads the model feeds it what it was trained on.
+        tokenizer.json gives `passage_segment` to the passage of a pair, and tokenizer_config.json asks for
+        token types only when that is 1, so that every program feeds the model what it was trained on.
         """
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
         document = json.loads(self._tokenizer.to_str())
-        document["post_processor"] = _segment_zero(document["post_processor"])
+        document["post_processor"] = _with_segment(document["post_processor"], passage_segment)
         _write_json(target / "tokenizer.json", document)
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "pad_token": self._tokenizer.id_to_token(self.pad_id),
         }
         settings |= self._settings
-        settings["model_input_names"] = ["input_ids", "attention_mask"]
+        types = ["token_type_ids"] if passage_segment else []
+        settings["model_input_names"] = ["input_ids", *types, "attention_mask"]
         settings["model_max_length"] = self.max_pair_length
         _write_json(target / "tokenizer_config.json", settings)
         for name in _COPIED_FILES:
@@ -288,17 +297,21 @@ def _template(tokenizer: Tokenizer, pair: bool) -> tuple[Ids, Ids, Ids]:
     return ids[: first[0]], ids[first[-1] + 1 : second[0]], ids[second[-1] + 1 :]
 
 
-def _segment_zero(processor: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The same post-processor (as tokenizer.json writes it) with segment 0 for both texts of a pair."""
+def _with_segment(processor: dict[str, Any] | None, passage: int) -> dict[str, Any] | None:
+    """The same post-processor (as tokenizer.json writes it), a pair's second text with segment `passage`."""
     if processor is None:
         return None
     if processor["type"] == "Sequence":
-        return processor | {"processors": [_segment_zero(part) for part in processor["processors"]]}
+        return processor | {"processors": [_with_segment(part, passage) for part in processor["processors"]]}
     if processor["type"] == "BertProcessing":
         processor = _as_template(processor)
     if processor["type"] != "TemplateProcessing":
         return processor  # RobertaProcessing and ByteLevel give segment 0 already
-    pieces = [{kind: piece | {"type_id": 0} for kind, piece in item.items()} for item in processor["pair"]]
+    ids = [next(iter(item.values()))["id"] for item in processor["pair"]]
+    pieces = [
+        {kind: piece | {"type_id": passage if place >= ids.index("B") else 0} for kind, piece in item.items()}
+        for place, item in enumerate(processor["pair"])
+    ]
     return processor | {"pair": pieces}
 
 

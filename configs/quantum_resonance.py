@@ -1,10 +1,67 @@
-"""Fine-tune a quantum-resonance reranker from a pretrained sentence encoder."""
+"""Fine-tune a quantum-resonance reranker from a pretrained encoder.
 
-from common.config import RerankerConfig
+    python scripts/train.py --config configs/quantum_resonance.py [--preset quick|production|fine_tuning]
+
+The default trains on `pydocs`, the documentation of the Python packages on this machine, from the packaged
+all-MiniLM-L6-v2: no network. Every setting can be overridden: --data FILE --quantum.mode entanglement
+--train.epochs 5 --model.base distilbert-base-uncased; --help lists them.
+
+preset       what for                                   time, memory                result, nDCG@10
+(default)    a first run; `make train`                  not measured                not measured
+quick        a prototype of your own data: 1,000        not measured                not measured
+             queries, short texts, LoRA, one epoch
+production   all data, entangled queries, 3 epochs      not measured                not measured
+fine_tuning  an existing cross-encoder, gently          not measured                not measured
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from common.config import DataConfig, ModelConfig, QuantumConfig, RerankerConfig, TrainConfig
 
 
-def get_config(preset=None):
+def default() -> RerankerConfig:
     return RerankerConfig()
 
 
-PRESETS = {"quick": 1}
+def quick() -> RerankerConfig:
+    """Quick prototype: at most 1,000 training queries, texts cut short, adapters only."""
+    return RerankerConfig(
+        name="quantum_resonance_quick",
+        model=ModelConfig(use_lora=True),
+        data=DataConfig(max_samples=1000, max_query_tokens=32, max_passage_tokens=64),
+        train=TrainConfig(epochs=1, learning_rate=2e-4),  # adapters start at zero and learn faster
+    )
+
+
+def production() -> RerankerConfig:
+    """Production: all data, related queries entangled, three epochs through every phase."""
+    return RerankerConfig(
+        name="quantum_resonance_production",
+        quantum=QuantumConfig(mode="entanglement", phase="auto"),
+        train=TrainConfig(epochs=3, learning_rate=3e-5, batch_size=16),
+    )
+
+
+def fine_tuning() -> RerankerConfig:
+    """Fine-tuning: an existing cross-encoder (--model.base NAME or DIRECTORY) begins exactly as it was."""
+    return RerankerConfig(
+        name="quantum_resonance_fine_tuning",
+        # this family was trained with segment 1 for the passage; directories that we wrote say their own
+        model=ModelConfig(base="cross-encoder/ms-marco-MiniLM-L-6-v2", passage_segment=1),
+        quantum=QuantumConfig(mode="resonance"),
+        train=TrainConfig(learning_rate=1e-5),
+    )
+
+
+PRESETS: dict[str, Callable[[], RerankerConfig]] = {
+    "quick": quick,
+    "production": production,
+    "fine_tuning": fine_tuning,
+}
+
+
+def get_config(preset: str | None = None) -> RerankerConfig:
+    """The recipe of a preset; the embedded default without one."""
+    return default() if preset is None else PRESETS[preset]()

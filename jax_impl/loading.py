@@ -118,10 +118,13 @@ def save_cross_encoder(
     loaded: LoadedReranker,
     *,
     training: Mapping[str, Any],
-    tokenizer_save: Callable[[Path], None],
+    tokenizer_save: Callable[[Path, int], None],
     card: str,
 ) -> None:
-    """Write a reranker's checkpoint directory, adapters merged; other libraries load its portable score."""
+    """Write a reranker's checkpoint directory, adapters merged; other libraries load its portable score.
+
+    `tokenizer_save` writes the tokenizer into a directory, for passages of the given segment.
+    """
     tensors = model_tensors(loaded.model)
     head = {key.removeprefix("resonance."): value for key, value in tensors.items() if _is_head(key)}
     portable = {key: value for key, value in tensors.items() if not _is_head(key)}
@@ -140,7 +143,7 @@ def save_cross_encoder(
         tensors=portable,
         resonance=head,
         training=training,
-        tokenizer_save=tokenizer_save,
+        tokenizer_save=lambda place: tokenizer_save(place, int(loaded.settings["passage_segment"])),
         card=card,
     )
 

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from common.backends import Scores, checkpoint_identity
+from common.backends import Scores, checkpoint_identity, checkpoint_name
 from common.checkpoint import read_json, surviving
-from common.config import DataConfig, ModelConfig
+from common.config import RerankerConfig
 from common.text import Encoded, PairTokenizer
 from jax_impl.loading import load_bi_encoder, load_cross_encoder
 from jax_impl.models.cross_encoder import CrossEncoder
@@ -87,12 +87,13 @@ class JaxEncoder:
 
     def __init__(self, directory: Path, max_tokens: int | None = None) -> None:
         directory = surviving(directory)
-        self.name = directory.name if directory.name != "model" else "all-MiniLM-L6-v2"
-        model = load_bi_encoder(directory, dtype=default_dtype())
+        self.name = checkpoint_name(directory)
+        dtype = default_dtype()
+        model = load_bi_encoder(directory, dtype=dtype)
         self.tokenizer = PairTokenizer(directory)
         self.max_tokens = max_tokens or _max_tokens(directory)
         self.dim = model.bert.config.hidden_size
-        self.identity = checkpoint_identity(directory, self.max_tokens)
+        self.identity = checkpoint_identity(directory, self.max_tokens, str(dtype))
         graphdef, state = nnx.split(model)
         self._call = functools.partial(jax.jit(lambda s, i, m: nnx.merge(graphdef, s)(i, m > 0)), state)
 
@@ -152,20 +153,24 @@ def load_encoder(directory: Path) -> JaxEncoder:
     return JaxEncoder(Path(directory))
 
 
-def load_scorer(directory: Path) -> JaxScorer:
-    """The Scorer of a directory (common.backends); a base that was never trained scores from its start."""
-    directory = surviving(Path(directory))
-    loaded = load_cross_encoder(directory, ModelConfig(), dtype=default_dtype())
-    limits = DataConfig()
+def load_scorer(directory: Path, recipe: RerankerConfig | None = None) -> JaxScorer:
+    """The Scorer of a directory (common.backends); a base that was never trained starts as `recipe` says."""
+    directory, recipe = surviving(Path(directory)), recipe or RerankerConfig()
+    dtype, seed = default_dtype(), recipe.train.seed
+    loaded = load_cross_encoder(directory, recipe.model, dtype=dtype, seed=seed)
     tokenizer = PairTokenizer(
         directory,
-        loaded.settings.get("max_query_tokens", limits.max_query_tokens),
-        loaded.settings.get("max_passage_tokens", limits.max_passage_tokens),
+        loaded.settings.get("max_query_tokens", recipe.data.max_query_tokens),
+        loaded.settings.get("max_passage_tokens", recipe.data.max_passage_tokens),
     )
-    fusion_weight = float(loaded.settings.get("fusion_weight", 0.0))
-    identity = checkpoint_identity(directory, tokenizer.max_query_tokens, tokenizer.max_passage_tokens)
+    limits = (tokenizer.max_query_tokens, tokenizer.max_passage_tokens)
+    start = () if loaded.start == "resumed" else (recipe.model, seed)
     return JaxScorer(
-        loaded.model, tokenizer, name=directory.name, identity=identity, fusion_weight=fusion_weight
+        loaded.model,
+        tokenizer,
+        name=checkpoint_name(directory),
+        identity=checkpoint_identity(directory, *limits, str(dtype), *start),
+        fusion_weight=float(loaded.settings.get("fusion_weight", 0.0)),
     )
 
 

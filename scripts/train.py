@@ -1,33 +1,63 @@
-"""Train a recipe: `python scripts/train.py --config configs/quantum_resonance.py [--preset quick] [--train.epochs 5]`.
+"""Train a recipe, or go on with an interrupted run; then evaluate its test split.
 
-The same command resumes an interrupted run. At the end the test split is evaluated: every first stage, then the
-trained reranker alone and fused.
+example: python scripts/train.py --config configs/quantum_resonance.py --train.epochs 2
+presets of a recipe: --preset quick; other data: --data FILE_OR_FOLDER; beside an earlier run: --name NAME
 """
 
 from __future__ import annotations
 
-from common.backends import load_encoder
-from common.config import parse_command, to_dict
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.backends import load_encoder, load_scorer, load_trainer
+from common.config import RerankerConfig, parse_command, to_dict
 from common.errors import run_command
+from common.evaluation import evaluate_recipe
 from common.prepare import prepare
-from common.runs import RunFolder
+from common.report import tables_text, write_report
+from common.runs import RESULTS_FILE, RunFolder, environment, environment_line, finished_results
 
 
-def main() -> None:
-    config, options = parse_command(__doc__ or "")
-    encoder = load_encoder("default", options.backend)
+def main(argv: Sequence[str] | None = None) -> None:
+    config, options = parse_command(__doc__ or "", argv)
+    finished = None if options.fresh else finished_results(options.runs, config.name, to_dict(config))
+    if finished is not None:
+        print(tables_text(finished["tables"]), end="")
+        print(f"{options.runs / config.name} is finished; --fresh starts it over, --name begins another.")
+        print(next_steps(config, options.runs / config.name))
+        return
+    encoder = load_encoder(config.data.encoder, options.backend)
     prepared = prepare(config, encoder)
-    folder = RunFolder.create(
+    print(environment_line(environment()))
+    with RunFolder.create(
         options.runs,
         config.name,
         to_dict(config),
         resume=not options.fresh,
         data_fingerprint=prepared.data.fingerprint,
-    )
-    with folder:
-        from jax_impl.training.loop import train_reranker
+    ) as folder:
+        summary = load_trainer(options.backend)(config, prepared, folder)
+        if options.evaluate_test:
+            scorers = [load_scorer(folder.best, options.backend)]
+            if options.evaluate_start:
+                scorers.insert(0, load_scorer(config.model.base, options.backend, recipe=config))
+            table = evaluate_recipe(config, prepared.data, scorers, encoder)
+            results = {"tables": table.shown(), "evaluation": table.json(), "training": summary}
+            folder.write_json(RESULTS_FILE, results)
+            print(table.text(), end="")
+        write_report(folder.path)
+    print(next_steps(config, folder.path))
 
-        print(train_reranker(config, prepared, folder))
+
+def next_steps(config: RerankerConfig, run: Path) -> str:
+    """Where the run's files lie and what to type next."""
+    name = config.data.name
+    data = "" if name == "pydocs" else f" --data {name}"
+    return (
+        f"checkpoint: {run / 'best'}\nreport: {run / 'report.html'}\n"
+        f'next: python scripts/rerank.py --model {run / "best"} --query "..." --passages FILE\n'
+        f"      python scripts/evaluate.py {run / 'best'}{data}"
+    )
 
 
 if __name__ == "__main__":

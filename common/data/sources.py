@@ -194,6 +194,12 @@ def read_trec_qrels(path: str | Path) -> Qrels:
     return _read_qrels(Path(path), _trec_judgement)
 
 
+def read_qrels(path: str | Path) -> Qrels:
+    """Judgements of a file: BEIR form when its name says .tsv, else TREC form. Errors as file:line."""
+    path = Path(path)
+    return read_tsv_qrels(path) if ".tsv" in path.suffixes else read_trec_qrels(path)
+
+
 def _read_qrels(path: Path, parse: Callable[[str], tuple[str, str, int]]) -> Qrels:
     bad = BadRows("error")
     qrels = _collect_qrels(path, parse, bad)

@@ -20,13 +20,13 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from common.config import RerankerConfig, to_dict
-from common.data.pipeline import ListBatch, ListPlan
+from common.data.pipeline import ListBatch
 from common.data.records import Qrels, Run
 from common.errors import UserError
 from common.hub import resolve_model
 from common.metrics.calibration import Confidence, confidence_features
 from common.metrics.ranking import evaluate_run, mean, ranked
-from common.prepare import Prepared, pairs_queries
+from common.prepare import Prepared, plan_batches
 from common.progress import progress
 from common.retrieval.fusion import choose_omega
 from common.runs import RunFolder, environment
@@ -71,9 +71,7 @@ class Trainer:
         self.dtype = default_dtype(train.precision)
         directory = resolve_model(config.model.base, say=say)
         self.tokenizer = PairTokenizer(directory, data.max_query_tokens, data.max_passage_tokens)
-        self.plan = ListPlan(
-            prepared.training, self.tokenizer, data, train.batch_size, train.seed, pairs_queries(config)
-        )
+        self.plan = plan_batches(config, prepared, self.tokenizer)
         self.steps = planned_steps(config, len(self.plan))
         self.loaded = _load(config, directory, self.dtype)
         self._report_start()
@@ -261,16 +259,12 @@ class Trainer:
         )
 
     def _report_start(self) -> None:
-        settings, cut = self.loaded.settings, self.tokenizer.truncation
         self.say(
-            f"start: {settings['start']}; {self.steps} steps of {self.config.train.batch_size} lists of "
-            f"{self.config.data.list_size}; {jax.device_count()} {jax.devices()[0].device_kind} device(s), "
-            f"{self.dtype}"
+            f"start: {self.loaded.settings['start']}; {self.steps} steps of {self.config.train.batch_size} "
+            f"lists of {self.config.data.list_size}; "
+            f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), {self.dtype}"
         )
-        self.say(
-            f"truncated: {cut.query_share:.1%} of queries (over {self.config.data.max_query_tokens} tokens), "
-            f"{cut.passage_share:.1%} of passages (over {self.config.data.max_passage_tokens})"
-        )
+        self.say(self.tokenizer.truncated)
 
 
 class _DevSet:

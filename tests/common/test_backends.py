@@ -23,7 +23,7 @@ def model(tmp_path: Path) -> Path:
 def fake(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     module = types.ModuleType("fake_scoring")
     module.load_encoder = lambda directory: ("encoder", directory)  # type: ignore[attr-defined]
-    module.load_scorer = lambda directory: ("scorer", directory)  # type: ignore[attr-defined]
+    module.load_scorer = lambda directory, recipe: ("scorer", directory)  # type: ignore[attr-defined]
     module.__spec__ = types.SimpleNamespace(name="fake_scoring")  # type: ignore[assignment]
     monkeypatch.setitem(sys.modules, "fake_scoring", module)
     monkeypatch.setattr(

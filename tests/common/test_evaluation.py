@@ -89,7 +89,9 @@ def test_rows_and_values(data: RankingData, stages: dict[str, Run]) -> None:
     assert good.versus_first["RR@10"].p == pytest.approx(1 / 10_001)
     assert (good.versus_first["RR@10"].better, good.versus_first["RR@10"].worse) == (1.0, 0.0)
     assert table.best_first_stage == "near"
-    assert good.versus_best is not None and good.versus_best.difference == pytest.approx(2 / 3)
+    assert good.versus_stage["near"].difference == pytest.approx(2 / 3)
+    assert good.versus_stage["far"] == good.versus_first["RR@10"]
+    assert set(row(table, "far", "", "first stage").versus_stage) == {"near"}
     fair = row(table, "near", "fair", "alone")
     assert 0 < fair.versus_first["RR@10"].worse < 0.5
     low, high = fair.intervals["RR@10"]
@@ -175,7 +177,7 @@ def test_text_json_and_tsv(data: RankingData, stages: dict[str, Run]) -> None:
     scorers = [Oracle("[good]", 1.0, omega=0.3), Oracle("fair", 0.7)]
     table = evaluate(data, "test", stages, scorers, depth=6, pools=("near",), metrics=("RR@10", "AP"))
     text = table.text()
-    for part in ("40 queries", "top 6", "RR@10 [95%]", "[good], fused ω=0.3", "0.333", "against near"):
+    for part in ("40 queries", "top 6", "p far", "near → [good], fused ω=0.3", "0.333", "near is the best"):
         assert part in text
     stored = json.loads(json.dumps(table.json(), allow_nan=False))
     assert stored["rows"][2]["versus_first"]["AP"]["p"] < 0.001 and "values" not in stored["rows"][2]

@@ -144,6 +144,16 @@ def test_other_programs_read_a_saved_tokenizer_as_we_do(bert: Path, tmp_path: Pa
     assert PairTokenizer(saved).encode_pairs(["read a file"], ["open the path"])[0].ids.tolist() == ours
 
 
+@pytest.mark.parametrize("segments", [False, True], ids=["vocab.txt", "tokenizer.json"])
+def test_a_passage_of_segment_one_is_saved_as_such(bert: Path, tmp_path: Path, segments: bool) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = PairTokenizer(with_segments(bert) if segments else bert)
+    tokenizer.save(tmp_path / "saved", passage_segment=1)
+    encoded = AutoTokenizer.from_pretrained(str(tmp_path / "saved"))("read a file", "open the path")
+    assert encoded["token_type_ids"] == [0] * 5 + [1] * 4
+
+
 def test_a_directory_without_a_readable_tokenizer_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such directory"):
         PairTokenizer(tmp_path / "absent")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -214,10 +214,16 @@ def test_adapters_are_merged_when_a_reranker_is_saved(tmp_path: Path, seed: int)
     np.testing.assert_allclose(saved.model(ids, sides).portable, adapted.portable, atol=1e-5)
 
 
-def test_sentence_transformers_loads_what_we_saved_and_gives_the_portable_scores(trained: Path) -> None:
+@pytest.mark.parametrize("segment", [0, 1])
+def test_sentence_transformers_loads_what_we_saved_and_gives_the_portable_scores(
+    tmp_path: Path, seed: int, segment: Literal[0, 1]
+) -> None:
     library = pytest.importorskip(
         "sentence_transformers", reason="needs sentence-transformers: install the extra `peers`"
     )
+    base = write_base(tmp_path / "base", seed=seed)
+    loaded = load_cross_encoder(base, ModelConfig(passage_segment=segment), seed=seed)
+    trained = save(random_head(loaded, seed), base, tmp_path / "trained")
     ours = load_scorer(trained).score(QUERIES, PASSAGES)
     theirs = library.CrossEncoder(str(trained), device="cpu").predict(
         list(zip(QUERIES, PASSAGES, strict=True)), show_progress_bar=False

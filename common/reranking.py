@@ -1,0 +1,126 @@
+"""One query and its passages: ranked by a reranker, with the confidence that the first is relevant."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.backends import Scorer
+from common.checkpoint import read_config
+from common.data.records import BadRows, json_rows, read_text
+from common.errors import UserError, listed
+from common.metrics.calibration import Confidence, confidence_features
+
+
+@dataclass(frozen=True)
+class RankedPassage:
+    """A passage in its place; `probability` is softmax over the scores of all passages of the query."""
+
+    rank: int  # from 1
+    id: str
+    score: float
+    resonance: float  # in [-1, 1]
+    probability: float  # in [0, 1]
+    text: str
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """`confidence`: calibrated probability that the first passage is relevant, None when not calibrated."""
+
+    query: str
+    passages: list[RankedPassage]
+    confidence: float | None
+
+
+def rerank(
+    scorer: Scorer, query: str, passages: dict[str, str], confidence: Confidence | None = None
+) -> Ranking:
+    """Rank passages (id -> text) by the full score, ties in their given order.
+
+    Raises UserError for an empty query and for no passages.
+    """
+    if not query.strip():
+        raise UserError("the query is empty: give some words to rank by")
+    if not passages:
+        raise UserError("no passages to rank: give at least one")
+    scores = scorer.score([query] * len(passages), list(passages.values()))
+    values = scores.score.astype(np.float64)  # [N]
+    if not np.isfinite(values).all():
+        raise UserError(f"{scorer.name}: a score is not finite; the checkpoint is damaged, use another")
+    probability = np.exp(values - values.max())
+    probability /= probability.sum()
+    ids = list(passages)
+    order = np.argsort(-values, kind="stable")
+    ranked = [
+        RankedPassage(
+            rank,
+            ids[place],
+            float(values[place]),
+            float(scores.resonance[place]),
+            float(probability[place]),
+            passages[ids[place]],
+        )
+        for rank, place in enumerate(order.tolist(), 1)
+    ]
+    if confidence is None:
+        return Ranking(query, ranked, None)
+    features = confidence_features(values, scores.resonance)
+    return Ranking(query, ranked, float(confidence.predict(features[None])[0]))
+
+
+def load_confidence(directory: str | Path) -> Confidence | None:
+    """The confidence that training fitted on dev; None for a base or where dev was too small."""
+    settings = read_config(Path(directory)).get("resonance") or {}
+    stored = settings.get("confidence")
+    return Confidence.from_json(stored) if stored else None
+
+
+def read_passages(path: str | Path) -> dict[str, str]:
+    """Passages by id, from a text file (one a line, the id is the line) or .jsonl with id?, text, title?.
+
+    "-" reads lines from standard input. Raises UserError naming file and line, and for no passages at all.
+    """
+    path = str(path)
+    if path.removesuffix(".gz").endswith((".jsonl", ".json")):
+        found = _json_passages(Path(path))
+    else:
+        lines = (sys.stdin.read() if path == "-" else read_text(path)).splitlines()
+        found = {str(number): line.strip() for number, line in enumerate(lines, 1) if line.strip()}
+    if not found:
+        raise UserError(f"{'standard input' if path == '-' else path}: no passages; give one a line")
+    return found
+
+
+def _json_passages(path: Path) -> dict[str, str]:
+    bad, found = BadRows("error"), dict[str, str]()
+    for number, (where, row) in enumerate(json_rows(path, bad), 1):
+        fields = row if isinstance(row, dict) else {}
+        text, title = fields.get("text"), fields.get("title") or ""
+        identity = str(fields.get("id", fields.get("_id", number)))
+        if not isinstance(text, str) or not isinstance(title, str) or not (title + text).strip():
+            bad.add(where, 'expected an object {"id"?, "text", "title"?} with some text', "not a passage")
+        elif identity in found:
+            bad.add(where, f"the id {identity!r} appears twice", "repeated id")
+        else:
+            found[identity] = " ".join(part.strip() for part in (title, text) if part.strip())
+    if bad.problems:
+        raise UserError(f"{len(bad.problems)} bad passage(s); mend them:\n{listed(bad.problems)}")
+    return found
+
+
+def shown(ranking: Ranking, top: int | None = None, words: int = 12) -> str:
+    """The ranking as aligned lines: rank, score, resonance, probability, id, first words; then confidence."""
+    lines = [f"{'rank':>4}  {'score':>8}  {'resonance':>9}  {'p':>6}  passage"]
+    for item in ranking.passages[:top]:
+        start = item.text.split(maxsplit=words)
+        text = " ".join(start[:words]) + (" …" if len(start) > words else "")
+        lines.append(
+            f"{item.rank:>4}  {item.score:>8.3f}  {item.resonance:>+9.3f}  {item.probability:>6.3f}  "
+            f"{item.id}: {text}"
+        )
+    sure = "not calibrated" if ranking.confidence is None else f"{ranking.confidence:.2f}"
+    return "\n".join([*lines, f"confidence that the first is relevant: {sure}"])

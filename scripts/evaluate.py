@@ -1,0 +1,112 @@
+"""Compare checkpoints on ranking data: first stages, then each checkpoint alone, fused and portable.
+
+example: python scripts/evaluate.py runs/quantum_resonance/best --data ../shared/data/scifact --depth 20
+A TREC run as candidates: --run FILE.trec.gz --qrels qrels_full.tsv. Without checkpoints: first stages alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from common.backends import load_encoder, load_scorer
+from common.config import FirstStage
+from common.data.sources import load_ranking_data, read_trec_run
+from common.errors import UserError, run_command
+from common.evaluation import chosen_qrels, evaluate, write_output
+from common.metrics.ranking import DEFAULT_METRICS
+from common.prepare import cache_root, candidates
+from common.runs import environment
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    models: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Checkpoint directories, or names of base models (scored from their start)."""
+    data: str = "pydocs"
+    """`pydocs`, a file of triples, a BEIR or TREC folder, or a hub dataset."""
+    split: str = "test"
+    first_stage: tuple[FirstStage, ...] = ("rrf",)
+    """Whose candidates are reranked; several give a block of rows each."""
+    run: Path | None = None
+    """A TREC run whose candidates are reranked instead."""
+    qrels: Path | None = None
+    """Judgements that replace the split's: .tsv (BEIR) or TREC form; may name passages outside the data."""
+    judged: bool = False
+    """Rank exactly the judged passages of each query."""
+    depth: int = 50
+    """Candidates of a query, the first stage's best."""
+    max_queries: int | None = None
+    """Only the first queries by id."""
+    metrics: tuple[str, ...] = DEFAULT_METRICS
+    """ir-measures names; the first one is tested."""
+    encoder: str = "default"
+    """Bi-encoder of the dense first stage; `none` leaves BM25 alone."""
+    backend: Literal["auto", "jax", "mlx"] = "auto"
+    seed: int = 0
+    """Of the tests and intervals."""
+    per_query: Path | None = None
+    """Writes every query's values to this TSV file."""
+    json: str | None = None
+    """Writes the table to this JSON file; `-` prints it instead of the table."""
+    cache: Path | None = None
+    """Where candidates and scores are kept; $RESONANCE_CACHE or ~/.cache/resonance when absent."""
+
+    def validate(self) -> Args:
+        """Return self, or raise a UserError for flags that contradict each other or are out of range."""
+        for flag, value in (("depth", self.depth), ("max-queries", self.max_queries)):
+            if value is not None and value < 1:
+                raise UserError(f"--{flag} is {value}; allowed: >= 1")
+        if self.run and (self.judged or self.first_stage != ("rrf",)):
+            raise UserError("--run brings its own candidates: leave out --first-stage and --judged")
+        if self.judged and self.qrels:
+            raise UserError("--judged ranks what the split judges: leave out --qrels")
+        if self.encoder == "none" and not self.run and set(self.first_stage) != {"bm25"}:
+            raise UserError("without an encoder there is BM25 only: add --first-stage bm25")
+        if not self.first_stage or not self.metrics:
+            raise UserError("--first-stage and --metrics need at least one name each")
+        return self
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = tyro.cli(Args, description=__doc__, args=argv).validate()
+    say = functools.partial(print, file=sys.stderr)
+    scorers = [load_scorer(model, args.backend, say=say) for model in args.models]
+    cache = args.cache or cache_root()
+    data = load_ranking_data(args.data)
+    qrels = chosen_qrels(data, args.split, args.qrels, args.max_queries)
+    if args.run is not None:
+        stages, pools = {"run": read_trec_run(args.run)}, ("run",)
+    else:
+        encoder = None if args.encoder == "none" else load_encoder(args.encoder, args.backend, say=say)
+        stages = candidates(data, args.split, encoder, args.judged, depth=args.depth, cache=cache)
+        pools = tuple(dict.fromkeys(args.first_stage))
+    table = evaluate(
+        data,
+        args.split,
+        stages,
+        scorers,
+        depth=args.depth,
+        pools=pools,
+        cache_dir=cache,
+        metrics=args.metrics,
+        qrels=qrels,
+        seed=args.seed,
+    )
+    result = json.dumps({**table.json(), "environment": environment()}, indent=2, ensure_ascii=False) + "\n"
+    print(result if args.json == "-" else table.text(), end="")
+    if args.json not in (None, "-"):
+        write_output(args.json, result)
+    if args.per_query is not None:
+        write_output(args.per_query, "".join("\t".join(row) + "\n" for row in table.per_query()))
+
+
+if __name__ == "__main__":
+    run_command(main)

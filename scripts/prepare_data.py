@@ -1,0 +1,44 @@
+"""Load and check a recipe's data; compute candidates and training lists, which training then finds on disk.
+
+example: python scripts/prepare_data.py --data ../shared/data/scifact --data.max-passage-tokens 192
+Takes the settings of scripts/train.py: --config FILE, --preset NAME, --data NAME.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+from common.backends import load_encoder
+from common.config import parse_command
+from common.errors import run_command
+from common.hub import resolve_model
+from common.prepare import cache_root, candidates, plan_batches, prepare
+from common.text import PairTokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareOptions:
+    backend: Literal["auto", "jax", "mlx"] = "auto"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config, options = parse_command(__doc__ or "", argv, PrepareOptions)
+    settings = config.data
+    encoder = load_encoder(settings.encoder, options.backend)
+    prepared = prepare(config, encoder)
+    judged = config.evaluation.candidates == "judged"
+    test = candidates(prepared.data, settings.test_split, encoder, judged, depth=config.evaluation.depth)
+    for split, stages in ((settings.dev_split, prepared.dev), (settings.test_split, test)):
+        print(f"candidates: {split} by {', '.join(stages)}")
+    base = resolve_model(config.model.base)
+    tokenizer = PairTokenizer(base, settings.max_query_tokens, settings.max_passage_tokens)
+    plan = plan_batches(config, prepared, tokenizer)
+    print(f"{tokenizer.truncated}; longest pair {plan.lists.longest} tokens")
+    print(f"epoch: {len(plan):,} steps of {config.train.batch_size} lists of {settings.list_size}")
+    print(f"lists: {prepared.training.directory}\ncandidates and vectors: {cache_root()}")
+
+
+if __name__ == "__main__":
+    run_command(main)
