@@ -5,7 +5,7 @@ A batch is a pure function of (seed, step, data): a run that resumes sees what i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from common.data.lists import TrainingList
 
 WINDOW_BATCHES = 16  # lists are sorted by length inside shuffled windows of this many batches
+
+
+Embed = Callable[[Sequence[str]], np.ndarray]  # texts -> vectors [N, D]
 
 
 class ListSource(Protocol):
@@ -39,6 +42,8 @@ class ListBatch:
     mask: np.ndarray  # bool [B, L]: a real candidate
     related: np.ndarray  # float32 [B, B]: relatedness of the queries in [0, 1], symmetric, 0 on the diagonal
     query_index: np.ndarray  # int32 [B]: position of the list in the source
+    query_vectors: np.ndarray  # float32 [B, D]: the base's own of the text alone; D is 0 without `vectors`
+    passage_vectors: np.ndarray  # float32 [B, L, D]
 
     @property
     def token_share(self) -> float:
@@ -49,7 +54,7 @@ class ListBatch:
 class EncodedLists:
     """All texts of the training lists, tokenized once; counts truncation in `tokenizer.truncation`."""
 
-    def __init__(self, source: ListSource, tokenizer: PairTokenizer) -> None:
+    def __init__(self, source: ListSource, tokenizer: PairTokenizer, embed: Embed | None = None) -> None:
         lists = [source[i] for i in range(len(source))]
         numbers: dict[str, int] = {}  # passage text -> its number
         self.positives = [_numbered(item.positives, numbers) for item in lists]
@@ -59,6 +64,9 @@ class EncodedLists:
         self.queries, query_cut = tokenizer.query_ids([item.query for item in lists])
         self.passages, passage_cut = tokenizer.passage_ids(list(numbers))
         self.pad_id = tokenizer.pad_id
+        empty = np.zeros((0, 0), np.float32)
+        self.query_vectors = embed([item.query for item in lists]) if embed else empty  # [N, D]
+        self.passage_vectors = embed(list(numbers)) if embed else empty  # [P, D]
         self._passage_lengths = np.asarray([len(ids) for ids in self.passages], np.int32)
         candidates = [np.concatenate(pair) for pair in zip(self.positives, self.negatives, strict=True)]
         tokenizer.count_truncation(
@@ -106,13 +114,14 @@ class ListPlan:
         batch_size: int,
         seed: int,
         pair_related: bool,
+        embed: Embed | None = None,
     ) -> None:
         if len(source) < batch_size:
             raise UserError(
                 f"{len(source)} training lists cannot fill a batch of {batch_size}: lower train.batch_size "
                 f"to at most {len(source)}, or give more training queries"
             )
-        self.lists = EncodedLists(source, tokenizer)
+        self.lists = EncodedLists(source, tokenizer, embed)
         self.list_size, self.max_positives = cfg.list_size, cfg.max_positives
         self.buckets = tuple(sorted(cfg.length_buckets))
         self.batch_size, self.seed, self.pair_related = batch_size, seed, pair_related
@@ -201,7 +210,18 @@ class ListPlan:
                 span = slice(len(query), len(query) + len(passage))
                 input_ids[row, column, span], sides[row, column, span] = passage, PASSAGE
         query_index = np.asarray([item.index for item in items], np.int32)
-        return ListBatch(input_ids, sides, labels, mask, self._relatedness(query_index), query_index)
+        related = self._relatedness(query_index)
+        return ListBatch(input_ids, sides, labels, mask, related, query_index, *self._vectors(items))
+
+    def _vectors(self, items: Sequence[_PlannedList]) -> tuple[np.ndarray, np.ndarray]:
+        """Vectors of the texts alone: queries [B, D], passages [B, L, D], zero at padding."""
+        width = self.lists.query_vectors.shape[1]
+        queries = np.zeros((self.batch_size, width), np.float32)
+        passages = np.zeros((self.batch_size, self.list_size, width), np.float32)
+        for row, item in enumerate(items if width else ()):
+            queries[row] = self.lists.query_vectors[item.index]
+            passages[row, : len(item.candidates)] = self.lists.passage_vectors[item.candidates]
+        return queries, passages
 
     def _relatedness(self, query_index: np.ndarray) -> np.ndarray:
         """float32 [B, B]; a weight that either of the two lists states counts for both."""

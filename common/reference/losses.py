@@ -126,6 +126,23 @@ def resonance_loss_gradient(
     return np.where(relevant, pull, 0.0), np.where(counted & ~relevant, push, 0.0)
 
 
+def alignment_loss(
+    re: Array, im: Array, target_re: Array, target_im: Array, labels: Array, mask: Mask
+) -> Pair:
+    """Sum of 1 - Re<target|psi> over the real candidates of lists that have a positive, and their number."""
+    _, counted = _counted(labels, mask)
+    overlap = (re * target_re + im * target_im).sum(-1)
+    return float((1.0 - overlap)[counted].sum()), float(counted.sum())
+
+
+def alignment_loss_gradient(
+    target_re: Array, target_im: Array, labels: Array, mask: Mask
+) -> tuple[Array, Array]:
+    """Of the numerator by re and by im: -target, 0 elsewhere."""
+    _, counted = _counted(labels, mask)
+    return -target_re * counted[..., None], -target_im * counted[..., None]
+
+
 def entanglement_loss(
     query_re: Array,
     query_im: Array,

@@ -84,6 +84,23 @@ def resonance_denominator(labels: jax.Array, mask: jax.Array) -> Pair:
     return count(relevant), count(counted_candidates(labels, mask) & ~relevant)
 
 
+def alignment_loss(
+    re: jax.Array,
+    im: jax.Array,
+    target_re: jax.Array,
+    target_im: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array,
+) -> Pair:
+    """1 - Re<target|psi> for each real candidate: how far a state has moved from where it should be.
+
+    States and their fixed targets [B, L, C], labels, mask [B, L]. Gradient -target; 0 at padding.
+    """
+    counted = counted_candidates(labels, mask)
+    overlap = jnp.sum(re.astype(jnp.float32) * target_re + im.astype(jnp.float32) * target_im, axis=-1)
+    return total(1.0 - overlap, counted), count(counted)
+
+
 def entanglement_loss(
     query_re: jax.Array,
     query_im: jax.Array,

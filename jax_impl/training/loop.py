@@ -34,7 +34,7 @@ from common.schedule import Phase, phase_at
 from common.text import PairTokenizer
 from jax_impl.loading import LoadedReranker, load_cross_encoder, save_cross_encoder
 from jax_impl.models.lora import add_lora, trainable
-from jax_impl.scoring import JaxScorer, default_dtype
+from jax_impl.scoring import JaxEncoder, JaxScorer, default_dtype
 from jax_impl.training.optimizer import learning_rate, make_optimizer
 from jax_impl.training.state import StateFolder
 from jax_impl.training.step import Batch, Moment, TrainState, make_step
@@ -71,9 +71,9 @@ class Trainer:
         self.dtype = default_dtype(train.precision)
         directory = resolve_model(config.model.base, say=say)
         self.tokenizer = PairTokenizer(directory, data.max_query_tokens, data.max_passage_tokens)
-        self.plan = plan_batches(config, prepared, self.tokenizer)
-        self.steps = planned_steps(config, len(self.plan))
         self.loaded = _load(config, directory, self.dtype)
+        self.plan = plan_batches(config, prepared, self.tokenizer, self._base_encoder(directory))
+        self.steps = planned_steps(config, len(self.plan))
         self._report_start()
         learns: Any = trainable if config.model.use_lora else nnx.Param
         graphdef, learned, fixed = nnx.split(self.loaded.model, learns, ...)  # type: ignore[misc]
@@ -92,6 +92,14 @@ class Trainer:
         self.state: TrainState = jax.device_put(state, everywhere)
         self.dev = _DevSet(config, prepared, self.tokenizer)
         self._scorer = JaxScorer(self.loaded.model, self.tokenizer, name="dev")
+
+    def _base_encoder(self, directory: Path) -> JaxEncoder | None:
+        """The base as it was, where the recipe holds the states to its own."""
+        model, width = self.loaded.model, self.loaded.settings["state_size"]
+        aligned = self.config.train.objective == "quantum" and self.config.quantum.alignment_weight > 0
+        if not aligned or self.loaded.start != "sentence_encoder" or width != model.bert.config.hidden_size:
+            return None
+        return JaxEncoder(directory)
 
     def run(self) -> dict[str, Any]:
         """Train to the end; returns the summary that training.json holds. Raises UserError (see `errors`)."""

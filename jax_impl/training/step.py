@@ -18,6 +18,7 @@ from flax import nnx
 from common.config import RerankerConfig
 from common.prepare import pairs_queries
 from jax_impl.losses.quantum import (
+    alignment_loss,
     entanglement_loss,
     resonance_loss,
     superposition_entropy,
@@ -43,6 +44,8 @@ class Batch(NamedTuple):
     mask: jax.Array  # [B, L]
     related: jax.Array  # [B, B]
     query_index: jax.Array  # [B]
+    query_vectors: jax.Array  # [B, D]
+    passage_vectors: jax.Array  # [B, L, D]
 
 
 class Moment(NamedTuple):
@@ -92,6 +95,15 @@ def loss_terms(
         weights |= dict.fromkeys(
             ("entanglement_attract", "entanglement_repel"), quantum.entanglement_weight * moment.ramp
         )
+    if batch.query_vectors.shape[-1]:
+        queries = jnp.broadcast_to(batch.query_vectors[:, None], batch.passage_vectors.shape)  # [B, L, D]
+        for name, state, target in (
+            ("query", out.query, queries),
+            ("passage", out.passage, batch.passage_vectors),
+        ):
+            re, im = (x.reshape(*lists, -1) for x in state)  # [B, L, C]
+            terms[f"alignment_{name}"] = alignment_loss(re, im, target, jnp.zeros_like(target), *judged)
+            weights[f"alignment_{name}"] = quantum.alignment_weight * (1.0 - moment.ramp)
     terms["portable"] = portable_distillation(scores, portable, *judged)
     terms["entropy"] = superposition_entropy(scores, *judged, moment.temperature)
     weights |= {"portable": quantum.portable_weight, "entropy": 0.0}
@@ -174,7 +186,7 @@ def denominators(config: RerankerConfig, micro: list[Batch]) -> dict[str, jax.Ar
     totals: dict[str, jax.Array] = {}
     for batch in micro:
         nothing = jnp.zeros(batch.mask.size)
-        state = (jnp.zeros((batch.mask.size, 1)),) * 2
+        state = (jnp.zeros((batch.mask.size, max(1, batch.query_vectors.shape[-1]))),) * 2
         out = PairOutput(nothing, nothing, nothing, state, state)
         terms, _ = loss_terms(config, out, batch, Moment(1.0, 0.0, 0.0))
         totals = {name: totals.get(name, 0.0) + pair[1] for name, pair in terms.items()}

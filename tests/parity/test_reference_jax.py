@@ -140,6 +140,28 @@ def test_entanglement_and_its_gradient(seed: int) -> None:
     print(f"{redrawn} cases drawn again")
 
 
+def test_alignment_and_its_gradient(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for _ in range(CASES):
+        case = random_lists(int(rng.integers(2**32)), width=3)
+        states, targets = (
+            (case.query_re, case.query_im),
+            float32_exact(rng.normal(size=(2, *case.query_re.shape))),
+        )
+        judged = jnp.asarray(case.labels), jnp.asarray(case.mask)
+
+        def ours(
+            re: jax.Array, im: jax.Array, targets: np.ndarray = targets, judged: tuple = judged
+        ) -> tuple:
+            return quantum.alignment_loss(re, im, *map(jnp.asarray, targets), *judged)
+
+        expected = numbers(reference.alignment_loss(*states, *targets, case.labels, case.mask))
+        assert parity_error(numbers(ours(*map(jnp.asarray, states))), expected) < TOLERANCE
+        gradient = jax.grad(lambda *x: ours(*x)[0], argnums=(0, 1))(*map(jnp.asarray, states))
+        by_hand = reference.alignment_loss_gradient(*targets, case.labels, case.mask)
+        assert max(map(parity_error, gradient, by_hand)) < TOLERANCE
+
+
 def reference_state(projector: Projector, hidden: np.ndarray) -> reference_projector.State:
     def layer(linear: nnx.Linear) -> list[np.ndarray]:
         parts = [linear.kernel] if linear.bias is None else [linear.kernel, linear.bias]
