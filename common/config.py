@@ -91,6 +91,9 @@ class QuantumConfig:
     temperature_start: float = 2.0
     temperature_end: float = 1.0
     entropy_bonus: float = 0.1
+    alignment_weight: float = 3.0
+    """Holds the states to the base's own of each text alone until the collapse ends; a sentence encoder's
+    start only."""
     portable_weight: float = 1.0
     """Weight of the portable score's distillation from the full one; 0 turns it off."""
 
@@ -172,6 +175,7 @@ class RerankerConfig:
             ("quantum.temperature_start", q.temperature_start, q.temperature_start > 0, "> 0"),
             ("quantum.temperature_end", q.temperature_end, q.temperature_end > 0, "> 0"),
             ("quantum.entropy_bonus", q.entropy_bonus, q.entropy_bonus >= 0, ">= 0"),
+            ("quantum.alignment_weight", q.alignment_weight, q.alignment_weight >= 0, ">= 0"),
             ("quantum.portable_weight", q.portable_weight, q.portable_weight >= 0, ">= 0"),
             ("data.max_samples", d.max_samples, d.max_samples is None or d.max_samples > 0, ">= 1"),
             ("data.list_size", d.list_size, d.list_size >= 2, ">= 2"),

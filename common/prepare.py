@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from common.backends import Encoder
 from common.cache import cache_key
 from common.config import DataConfig, RerankerConfig
 from common.data import lists
-from common.data.pipeline import ListPlan
+from common.data.pipeline import Embed, ListPlan
 from common.data.records import RankingData, Run
 from common.data.sources import load_ranking_data
 from common.retrieval.candidates import FIRST_STAGES, first_stages, judged_stages
-from common.retrieval.dense import embed
+from common.retrieval.dense import embed, passage_vectors
 from common.text import PairTokenizer
 
 CANDIDATE_DEPTH = 100  # passages kept for a query by each first stage
@@ -79,12 +81,36 @@ def prepare(config: RerankerConfig, encoder: Encoder, *, say: Callable[[str], No
     return Prepared(data, training, dev, dropped)
 
 
-def plan_batches(config: RerankerConfig, prepared: Prepared, tokenizer: PairTokenizer) -> ListPlan:
-    """Which lists stand in which batch of the run; counts truncation in `tokenizer`. Raises UserError."""
+def plan_batches(
+    config: RerankerConfig, prepared: Prepared, tokenizer: PairTokenizer, base: Encoder | None = None
+) -> ListPlan:
+    """Which lists stand in which batch of the run; counts truncation in `tokenizer`. Raises UserError.
+
+    With `base`, batches carry its vectors of each text alone.
+    """
     train = config.train
     return ListPlan(
-        prepared.training, tokenizer, config.data, train.batch_size, train.seed, pairs_queries(config)
+        prepared.training,
+        tokenizer,
+        config.data,
+        train.batch_size,
+        train.seed,
+        pairs_queries(config),
+        None if base is None else _known_vectors(prepared.data, base),
     )
+
+
+def _known_vectors(data: RankingData, encoder: Encoder) -> Embed:
+    """The encoder's vectors of texts, those of passages from the cache that the dense first stage filled."""
+    vectors = passage_vectors(data.corpus, encoder, cache_root(), data.fingerprint)
+    rows = {data.corpus[passage]: row for row, passage in enumerate(sorted(data.corpus))}
+
+    def look_up(texts: Sequence[str]) -> np.ndarray:
+        if all(text in rows for text in texts):
+            return vectors[[rows[text] for text in texts]]
+        return embed(texts, encoder, "query")
+
+    return look_up
 
 
 def _write_training(
