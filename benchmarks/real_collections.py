@@ -64,7 +64,7 @@ COLLECTIONS = {
         {
             "data": {**_SHORT, "max_samples": 1200},
             "train": {"max_steps": 150, "batch_size": 8},
-            "evaluation": {"dev_queries": 100, "dev_depth": 20},
+            "evaluation": {"dev_queries": 80, "dev_depth": 15},
         },
         ("rrf",),
         30,
@@ -283,6 +283,7 @@ def train_peer(config: RerankerConfig, prepared: Prepared, folder: RunFolder, ra
         seed=seed,
         data_seed=seed,
         save_strategy="no",
+        disable_tqdm=True,
         report_to="none",
         logging_steps=50,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -315,7 +316,7 @@ class PeerDev:
         self.limits = (config.data.max_query_tokens, config.data.max_passage_tokens)
         judged = prepared.data.split(config.data.dev_split)
         self.qrels: Qrels = {query: judged[query] for query in sorted(judged)[: self.settings.dev_queries]}
-        stage = prepared.dev[self.settings.first_stage]
+        stage = prepared.dev[prepared.first_stage]
         self.first: Run = {
             query: {p: stage[query][p] for p in ranked(stage[query], self.settings.dev_depth)}
             for query in self.qrels

@@ -131,8 +131,8 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    first_stage: FirstStage = "rrf"
-    """Whose candidates are reranked, and whose scores are fused in."""
+    first_stage: Literal["auto"] | FirstStage = "auto"
+    """Whose candidates are reranked, and whose scores are fused in; `auto` is the one that ranks dev best."""
     candidates: Literal["retrieved", "judged"] = "retrieved"
     """The first stage's top passages, or exactly the judged passages of a query."""
     depth: int = 50

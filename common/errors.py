@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -18,13 +19,20 @@ def listed(problems: list[str], limit: int = 20) -> str:
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's `main` and exit: 0 or its code, 2 after a UserError, 130 after Ctrl-C."""
+    """Run a command's `main` and exit: 0 or its code, 2 after a UserError, 130 after Ctrl-C.
+
+    A reader that closes the pipe early (`| head`) ends the command without a word.
+    """
     try:
         code = main()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
+        raise SystemExit(0) from None
     raise SystemExit(code or 0)

@@ -22,7 +22,7 @@ from common.data.sources import read_qrels
 from common.errors import UserError
 from common.metrics.ranking import DEFAULT_METRICS, evaluate_run, mean, ranked
 from common.metrics.significance import bootstrap_interval, paired_randomisation
-from common.prepare import cache_root, candidates
+from common.prepare import Prepared, cache_root, candidates
 from common.progress import progress
 from common.report import tables_text
 from common.retrieval.fusion import fuse_runs
@@ -172,9 +172,10 @@ def evaluate(
 
 
 def evaluate_recipe(
-    config: RerankerConfig, data: RankingData, scorers: Sequence[Scorer], encoder: Encoder
+    config: RerankerConfig, prepared: Prepared, scorers: Sequence[Scorer], encoder: Encoder
 ) -> Table:
     """The recipe's test split: every first stage, then each scorer over the recipe's candidates."""
+    data = prepared.data
     settings, split = config.evaluation, config.data.test_split
     judged = settings.candidates == "judged"
     return evaluate(
@@ -183,7 +184,7 @@ def evaluate_recipe(
         candidates(data, split, encoder, judged, depth=settings.depth),
         scorers,
         depth=settings.depth,
-        pools=(settings.first_stage,),
+        pools=(prepared.first_stage,),
         cache_dir=cache_root(),
         metrics=tuple(dict.fromkeys((settings.metric, *DEFAULT_METRICS))),
     )

@@ -16,6 +16,7 @@ from common.data import lists
 from common.data.pipeline import Embed, ListPlan
 from common.data.records import RankingData, Run
 from common.data.sources import load_ranking_data
+from common.metrics.ranking import evaluate_run, mean
 from common.retrieval.candidates import FIRST_STAGES, first_stages, judged_stages
 from common.retrieval.dense import embed, passage_vectors
 from common.text import PairTokenizer
@@ -31,6 +32,7 @@ class Prepared:
     training: lists.StoredLists
     dev: dict[str, Run]  # first stage -> run
     dropped: dict[str, int]  # training queries left out, by reason
+    first_stage: str  # the one to rerank
 
 
 def cache_root() -> Path:
@@ -78,7 +80,15 @@ def prepare(config: RerankerConfig, encoder: Encoder, *, say: Callable[[str], No
     say(f"data: {data.name} {data.fingerprint}: {len(data.corpus):,} passages, queries: {sizes}")
     lost = "".join(f", {count:,} {reason} dropped" for reason, count in (data.dropped | dropped).items())
     say(f"training lists: {len(training):,}{lost}")
-    return Prepared(data, training, dev, dropped)
+    return Prepared(data, training, dev, dropped, _first_stage(config, data, dev))
+
+
+def _first_stage(config: RerankerConfig, data: RankingData, dev: dict[str, Run]) -> str:
+    """The recipe's first stage; for `auto` the one with the best metric on dev."""
+    if config.evaluation.first_stage != "auto":
+        return config.evaluation.first_stage
+    metric, qrels = config.evaluation.metric, data.split(config.data.dev_split)
+    return max(dev, key=lambda stage: mean(evaluate_run(dev[stage], qrels, (metric,))[metric]))
 
 
 def plan_batches(

@@ -1,6 +1,7 @@
 """Compare checkpoints on ranking data: first stages, then each checkpoint alone, fused and portable.
 
 example: python scripts/evaluate.py runs/quantum_resonance/best --data ../shared/data/scifact --depth 20
+
 A TREC run as candidates: --run FILE.trec.gz --qrels qrels_full.tsv. Without checkpoints: first stages alone.
 """
 

@@ -1,6 +1,7 @@
 """Load and check a recipe's data; compute candidates and training lists, which training then finds on disk.
 
 example: python scripts/prepare_data.py --data ../shared/data/scifact --data.max-passage-tokens 192
+
 Takes the settings of scripts/train.py: --config FILE, --preset NAME, --data NAME.
 """
 

@@ -1,6 +1,7 @@
 """Rank passages for a query with a trained reranker.
 
 example: python scripts/rerank.py --model runs/quantum_resonance/best --query "sort a list" --passages FILE
+
 FILE holds one passage a line, or is a .jsonl of {"id", "text", "title"}; `-` reads lines from standard input.
 """
 

@@ -1,7 +1,8 @@
 """Train a recipe, or go on with an interrupted run; then evaluate its test split.
 
 example: python scripts/train.py --config configs/quantum_resonance.py --train.epochs 2
-presets of a recipe: --preset quick; other data: --data FILE_OR_FOLDER; beside an earlier run: --name NAME
+
+A recipe's presets: --preset quick. Other data: --data FILE_OR_FOLDER. Beside an earlier run: --name NAME.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             scorers = [load_scorer(folder.best, options.backend)]
             if options.evaluate_start:
                 scorers.insert(0, load_scorer(config.model.base, options.backend, recipe=config))
-            table = evaluate_recipe(config, prepared.data, scorers, encoder)
+            table = evaluate_recipe(config, prepared, scorers, encoder)
             results = {"tables": table.shown(), "evaluation": table.json(), "training": summary}
             folder.write_json(RESULTS_FILE, results)
             print(table.text(), end="")

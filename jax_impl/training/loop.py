@@ -255,7 +255,12 @@ class Trainer:
             "config": to_dict(self.config),
             "data": {"name": self.prepared.data.name, "fingerprint": self.prepared.data.fingerprint},
             "step": step,
-            "dev": metrics | {"queries": len(self.dev.qrels), "depth": self.config.evaluation.dev_depth},
+            "dev": metrics
+            | {
+                "queries": len(self.dev.qrels),
+                "depth": self.config.evaluation.dev_depth,
+                "first_stage_name": self.prepared.first_stage,
+            },
             **environment(),
         }
         save_cross_encoder(
@@ -284,7 +289,7 @@ class _DevSet:
         judged = prepared.data.split(config.data.dev_split)
         queries = sorted(judged)[: settings.dev_queries]
         self.qrels: Qrels = {query: judged[query] for query in queries}
-        stage = prepared.dev[settings.first_stage]
+        stage = prepared.dev[prepared.first_stage]
         self.first: Run = {
             query: {passage: stage[query][passage] for passage in ranked(stage[query], settings.dev_depth)}
             for query in queries
@@ -344,7 +349,7 @@ base_model: {config.model.base}
 A quantum-resonance reranker (cross-encoder), fine-tuned from `{config.model.base}` (start:
 {loaded.settings["start"]}) on `{data["name"]}` (fingerprint {data["fingerprint"]}), step {training["step"]}.
 
-| dev, {dev["queries"]} queries, top {dev["depth"]} of {config.evaluation.first_stage} | {metric} |
+| dev, {dev["queries"]} queries, top {dev["depth"]} of {dev["first_stage_name"]} | {metric} |
 |---|---|
 | first stage | {dev["first_stage"]:.4f} |
 | reranked | {dev[metric]:.4f} |
