@@ -120,8 +120,10 @@ def tables_text(tables: Sequence[Table], width: int = 150) -> str:
             grid.add_column(name, justify="right" if place else "left", no_wrap=bool(place), overflow="fold")
         for row in table["rows"]:
             grid.add_row(*map(_text, row))
-        for part in (f"\n{table.get('title', 'Result')}", grid, table.get("note", "")):
-            console.print(part)
+        console.print(f"\n{table.get('title', 'Result')}")
+        console.print(grid)
+        if table.get("note"):
+            console.print(table["note"])
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 

@@ -27,13 +27,13 @@ class PrepareOptions:
 def main(argv: Sequence[str] | None = None) -> None:
     config, options = parse_command(__doc__ or "", argv, PrepareOptions)
     settings = config.data
+    base = resolve_model(config.model.base)
     encoder = load_encoder(settings.encoder, options.backend)
     prepared = prepare(config, encoder)
     judged = config.evaluation.candidates == "judged"
     test = candidates(prepared.data, settings.test_split, encoder, judged, depth=config.evaluation.depth)
     for split, stages in ((settings.dev_split, prepared.dev), (settings.test_split, test)):
         print(f"candidates: {split} by {', '.join(stages)}")
-    base = resolve_model(config.model.base)
     tokenizer = PairTokenizer(base, settings.max_query_tokens, settings.max_passage_tokens)
     plan = plan_batches(config, prepared, tokenizer)
     print(f"{tokenizer.truncated}; longest pair {plan.lists.longest} tokens")

@@ -14,6 +14,7 @@ from common.backends import load_encoder, load_scorer, load_trainer
 from common.config import RerankerConfig, parse_command, to_dict
 from common.errors import run_command
 from common.evaluation import evaluate_recipe
+from common.hub import resolve_model
 from common.prepare import prepare
 from common.report import tables_text, write_report
 from common.runs import RESULTS_FILE, RunFolder, environment, environment_line, finished_results
@@ -23,12 +24,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, options = parse_command(__doc__ or "", argv)
     finished = None if options.fresh else finished_results(options.runs, config.name, to_dict(config))
     if finished is not None:
-        print(tables_text(finished["tables"]), end="")
+        print(tables_text(finished["tables"]))
         print(f"{options.runs / config.name} is finished; --fresh starts it over, --name begins another.")
         print(next_steps(config, options.runs / config.name))
         return
+    resolve_model(config.model.base, say=lambda _: None)  # a wrong name fails before any work
     encoder = load_encoder(config.data.encoder, options.backend)
     prepared = prepare(config, encoder)
+    if options.evaluate_test:
+        prepared.data.split(config.data.test_split)  # a wrong name fails before training
     print(environment_line(environment()))
     with RunFolder.create(
         options.runs,
@@ -45,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             table = evaluate_recipe(config, prepared, scorers, encoder)
             results = {"tables": table.shown(), "evaluation": table.json(), "training": summary}
             folder.write_json(RESULTS_FILE, results)
-            print(table.text(), end="")
+            print(table.text())
         write_report(folder.path)
     print(next_steps(config, folder.path))
 

@@ -1,13 +1,16 @@
-"""What every test may ask for: a printed seed, the local collections; JAX runs on the CPU, the hub is off."""
+"""What every test may ask for: a seed that is printed, a tiny world, the collections; no GPU, no hub."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.tiny import World, build
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,6 +38,15 @@ def seed() -> int:
     value = int(os.environ.get("RESONANCE_TEST_SEED") or secrets.randbits(32))
     print(f"RESONANCE_TEST_SEED={value}")
     return value
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """Tiny data and a tiny sentence encoder; $RESONANCE_CACHE lies beside them."""
+    made = build(tmp_path_factory.mktemp("tiny"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RESONANCE_CACHE", str(made.root / "cache"))
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,95 @@
+"""Settings: recipes and their presets, overrides, and what a misspelt or impossible one is told."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.config import RerankerConfig, RunOptions, load_recipe, parse_command
+from common.errors import UserError
+from tests.test_dependencies import HEAVY, ROOT
+
+RECIPES = sorted((ROOT / "configs").glob("*.py"))
+RERANKER = str(ROOT / "configs" / "quantum_resonance.py")
+
+
+def parsed(*argv: str) -> tuple[RerankerConfig, RunOptions]:
+    return parse_command("test", ["--config", RERANKER, *argv])
+
+
+def test_a_flag_overrides_the_recipe_and_nothing_else() -> None:
+    config, options = parsed("--quantum.mode", "entanglement", "--train.epochs=5", "--model.use_lora")
+    assert (config.quantum.mode, config.train.epochs, config.model.use_lora) == ("entanglement", 5.0, True)
+    assert config.data == load_recipe(RERANKER).data and options == RunOptions()
+
+
+def test_data_is_short_for_its_name() -> None:
+    for argv in (["--data", "a/b"], ["--data=a/b"], ["--data.name", "a/b"]):
+        config, _ = parsed(*argv, "--data.list-size", "4")
+        assert (config.data.name, config.data.list_size) == ("a/b", 4)
+
+
+def test_a_preset_is_the_base_of_overrides() -> None:
+    config, options = parsed("--preset", "quick", "--data.max-samples", "7", "--no-evaluate-test")
+    assert config.model.use_lora and config.data.max_samples == 7 and not options.evaluate_test
+
+
+def test_the_presets_are_the_three_scenarios() -> None:
+    quick, production, tuning = (
+        load_recipe(RERANKER, name).validate() for name in ("quick", "production", "fine_tuning")
+    )
+    assert quick.data.max_samples == 1000 and quick.train.epochs == 1 and quick.model.use_lora
+    assert (production.quantum.mode, production.quantum.phase) == ("entanglement", "auto")
+    assert (production.train.epochs, production.train.batch_size) == (3, 16)
+    assert production.data.max_samples is None and 2e-5 <= production.train.learning_rate <= 5e-5
+    assert (tuning.quantum.mode, tuning.train.learning_rate) == ("resonance", 1e-5)
+    assert len({config.name for config in (RerankerConfig(), quick, production, tuning)}) == 4
+
+
+def test_every_recipe_and_preset_is_valid_and_loads_no_framework() -> None:
+    program = f"""
+import runpy, sys
+from common.config import load_recipe
+for path in {[str(path) for path in RECIPES]!r}:
+    for preset in (None, *runpy.run_path(path).get("PRESETS", ())):
+        load_recipe(path, preset).validate()
+print(*sorted({HEAVY!r} & set(sys.modules)))
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert RECIPES and result.returncode == 0, result.stderr
+    assert result.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--train.epoch", "3"], r"unknown setting --train\.epoch; did you mean --train\.epochs\?"),
+        (["--quantum.resonance-treshold=0.5"], r"did you mean --quantum\.resonance-threshold\?"),
+        (["--list-size", "3"], r"did you mean --data\.list-size\?"),
+        (["--preset", "qick"], r"no preset 'qick'; it has: fine_tuning, .*Did you mean 'quick'\?"),
+        (["--preset"], "--preset needs a value"),
+        (["--quantum.resonance_threshold", "1.5"], r"resonance_threshold is 1\.5; allowed: \[0, 1\]"),
+        (["--train.batch-size", "6", "--train.micro-batches", "4"], "allowed: a divisor of batch_size"),
+    ],
+)
+def test_what_is_misspelt_or_out_of_range_is_refused_with_what_is_allowed(
+    argv: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        parsed(*argv)
+
+
+def test_every_field_out_of_range_is_named_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        parsed("--data.list-size", "1", "--train.learning-rate", "-1", "--evaluation.depth", "0")
+    for field in ("data.list_size is 1", "train.learning_rate is -1.0", "evaluation.depth is 0"):
+        assert field in str(caught.value)
+
+
+def test_a_missing_recipe_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "quantum.py").write_text("")
+    with pytest.raises(UserError, match=r"no recipe at .*quantun\.py; did you mean .*quantum\.py\?"):
+        load_recipe(str(tmp_path / "quantun.py"))

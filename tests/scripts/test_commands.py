@@ -1,0 +1,244 @@
+"""The commands as a user types them: prepare, train, evaluate, rerank, and what they refuse."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from common.data.sources import load_ranking_data, write_trec_run
+from common.errors import UserError
+from common.runs import read_metrics
+from tests.tiny import FILLER, World, command
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ("prepare_data", "train", "evaluate", "rerank")
+
+
+def run(name: str, *argv: object) -> str:
+    """What a command prints; its errors are raised."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        importlib.import_module(f"scripts.{name}").main([str(word) for word in argv])
+    return out.getvalue()
+
+
+@dataclass(frozen=True)
+class Project:
+    """A recipe over the tiny world, trained by the commands, and what they said."""
+
+    world: World
+    recipe: Path
+    runs: Path
+    prepared: str
+    trained: str
+
+    @property
+    def run(self) -> Path:
+        return self.runs / "tiny"
+
+    def train(self, *argv: object) -> str:
+        return run("train", "--config", self.recipe, "--runs", self.runs, *argv)
+
+    def evaluate(self, *argv: object) -> str:
+        return run("evaluate", *argv, "--data", self.world.data, "--encoder", self.world.base)
+
+
+@pytest.fixture(scope="module")
+def project(world: World, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    root = tmp_path_factory.mktemp("project")
+    config = world.config(max_steps=6, evaluations=1)
+    config = replace(
+        config,
+        data=replace(config.data, encoder=str(world.base)),
+        evaluation=replace(config.evaluation, first_stage="rrf"),
+    )
+    command(config, root)
+    untrained = Project(world, root / "recipe.py", root / "runs", "", "")
+    prepared = run("prepare_data", "--config", untrained.recipe)
+    return replace(untrained, prepared=prepared, trained=untrained.train())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_an_example(name: str) -> None:
+    shown = subprocess.run(
+        [sys.executable, ROOT / "scripts" / f"{name}.py", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert f"example: python scripts/{name}.py" in shown.stdout
+
+
+def test_an_error_is_one_message_and_exit_code_2(tmp_path: Path) -> None:
+    argv = ["--model", tmp_path, "--query", "q", "--passages", tmp_path / "none.txt"]
+    failed = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "rerank.py", *argv],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT)},
+    )
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr == f"error: no file {tmp_path / 'none.txt'}.\n"
+
+
+def test_preparing_says_sizes_fingerprint_truncation_and_where_it_lies(project: Project) -> None:
+    fingerprint = load_ranking_data(str(project.world.data)).fingerprint
+    for part in (fingerprint, "60 passages", "train 49", "training lists: 49", "truncated: 0.0%", "cache"):
+        assert part in project.prepared
+
+
+def test_training_ends_with_the_test_table_and_what_to_type_next(project: Project) -> None:
+    for part in ("bm25 ", "dense ", "rrf ", "rrf → tiny/best, alone", "fused ω=", "portable", "p bm25"):
+        assert part in project.trained
+    for part in ("environment: ", "jax ", f"checkpoint: {project.run / 'best'}", "scripts/rerank.py --model"):
+        assert part in project.trained
+    results = json.loads((project.run / "results.json").read_text())
+    assert len(results["tables"][0]["rows"]) == 6 and results["training"]["steps"] == 6
+    assert "rrf → tiny/best, alone" in (project.run / "report.html").read_text()
+
+
+def test_a_finished_run_only_shows_its_result_again(project: Project) -> None:
+    files = {path: path.stat().st_mtime_ns for path in project.run.rglob("*") if path.is_file()}
+    said = project.train()
+    assert "is finished; --fresh starts it over" in said and "dev at step" not in said
+    table = said[: said.index("Brackets")]
+    assert table in project.trained
+    assert {path: path.stat().st_mtime_ns for path in project.run.rglob("*") if path.is_file()} == files
+
+
+def test_other_settings_under_the_name_of_a_finished_run_are_refused(project: Project) -> None:
+    with pytest.raises(UserError, match=r"train\.seed: 0 before, 1 now"):
+        project.train("--train.seed", 1)
+
+
+def test_a_run_trained_without_its_test_is_evaluated_by_the_same_command(
+    project: Project, tmp_path: Path
+) -> None:
+    elsewhere = replace(project, runs=tmp_path)
+    shutil.copytree(project.run, elsewhere.run)
+    for name in ("results.json", "report.html"):
+        (elsewhere.run / name).unlink()
+    steps = [line["step"] for line in read_metrics(elsewhere.run)]
+    assert "nDCG@10" not in elsewhere.train("--no-evaluate-test").split("environment:")[1]
+    assert not (elsewhere.run / "results.json").exists() and (elsewhere.run / "report.html").exists()
+    said = elsewhere.train("--evaluate-start")
+    assert "rrf → base, alone" in said and "rrf → tiny/best, alone" in said
+    assert [line["step"] for line in read_metrics(elsewhere.run)] == steps
+
+
+def test_evaluating_several_checkpoints_over_several_pools(project: Project, tmp_path: Path) -> None:
+    said = project.evaluate(
+        project.run / "best",
+        project.world.base,
+        "--first-stage",
+        "bm25",
+        "rrf",
+        "--metrics",
+        "RR@10",
+        "--per-query",
+        tmp_path / "new" / "q.tsv",
+        "--json",
+        tmp_path / "t.json",
+    )
+    assert "bm25 → tiny/best, alone" in said and "rrf → base, portable" in said
+    assert "rrf, alone: tiny/best − base" in said
+    stored = json.loads((tmp_path / "t.json").read_text())
+    assert len(stored["rows"]) == 3 + 2 * 2 * 3 and stored["environment"]["versions"]
+    lines = (tmp_path / "new" / "q.tsv").read_text().splitlines()
+    assert len(lines) == 1 + len(stored["rows"]) * stored["queries"]
+
+
+def test_json_alone_goes_to_standard_output(project: Project) -> None:
+    stored = json.loads(project.evaluate("--json", "-", "--max-queries", 3, "--split", "dev"))
+    assert (stored["queries"], stored["split"], len(stored["rows"])) == (3, "dev", 3)
+
+
+def test_judged_candidates_are_exactly_the_judged(project: Project) -> None:
+    stored = json.loads(project.evaluate("--json", "-", "--judged"))
+    assert all(row["means"]["nDCG@10"] == 1.0 for row in stored["rows"])  # one judged passage a query
+
+
+def test_a_trec_run_and_official_judgements(project: Project, tmp_path: Path) -> None:
+    data = load_ranking_data(str(project.world.data))
+    qrels = data.split("test")
+    others = sorted(data.corpus)[:3]
+    write_trec_run(
+        {
+            query: {**dict.fromkeys(grades, 1.0), **dict.fromkeys(others, 0.5)}
+            for query, grades in qrels.items()
+        },
+        tmp_path / "first.trec.gz",
+        "mine",
+    )
+    judged = [f"{query} 0 {passage} 1" for query, grades in qrels.items() for passage in (*grades, "far")]
+    (tmp_path / "full.qrels").write_text("\n".join(judged) + "\n")
+    said = run(
+        "evaluate",
+        *("--data", project.world.data, "--run", tmp_path / "first.trec.gz", "--json", "-"),
+        *("--qrels", tmp_path / "full.qrels", "--metrics", "R@10"),
+    )
+    assert [row["means"]["R@10"] for row in json.loads(said)["rows"]] == [0.5]
+
+
+def test_reranking_prints_ranked_lines_and_json(project: Project, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("\n".join([*FILLER[:3], "bolum banosh"]))
+    argv = ["--model", project.run / "best", "--query", "bolum bano", "--passages", tmp_path / "p.txt"]
+    lines = run("rerank", *argv, "--top", 2).splitlines()
+    assert lines[0].split() == ["rank", "score", "resonance", "p", "passage"] and len(lines) == 4
+    assert lines[-1] == "confidence that the first is relevant: not calibrated"  # too few dev queries
+    ranking = json.loads(run("rerank", *argv, "--json"))
+    assert len(ranking["passages"]) == 4 and ranking["confidence"] is None
+    assert lines[1].split()[1] == f"{ranking['passages'][0]['score']:.3f}"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--split", "tset"], r"no split 'tset'; it has dev, test, train"),
+        (["nowhere/best"], "model 'nowhere/best' was not found"),
+        (["--depth", "0"], "--depth is 0; allowed: >= 1"),
+        (["--metrics", "nDGC@10"], "unknown metric 'nDGC@10'; use an ir-measures name"),
+        (["--run", "r.trec", "--judged"], "leave out --first-stage and --judged"),
+        (["--run", "no.trec"], r"no file no\.trec"),
+    ],
+)
+def test_evaluate_refuses_nonsense(project: Project, argv: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        project.evaluate(*argv)
+
+
+def test_without_an_encoder_there_is_bm25_only(project: Project) -> None:
+    argv = ["--data", project.world.data, "--encoder", "none"]
+    with pytest.raises(UserError, match="add --first-stage bm25"):
+        run("evaluate", *argv)
+    stored = json.loads(run("evaluate", *argv, "--first-stage", "bm25", "--json", "-"))
+    assert [row["pool"] for row in stored["rows"]] == ["bm25"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--model.base", "./nowhere"], r"nowhere.*Check the path"),
+        (["--data", "./no.jsonl"], r"data '\./no\.jsonl': no file or folder"),
+        (["--data.test-split", "tset"], "no split 'tset'; it has dev, test, train"),
+        (["--trian.epochs", "3"], "did you mean --train.epochs"),
+    ],
+)
+def test_train_refuses_before_it_makes_a_run(
+    project: Project, tmp_path: Path, argv: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        replace(project, runs=tmp_path).train(*argv)
+    assert list(tmp_path.iterdir()) == []
