@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if finished is not None:
         print(tables_text(finished["tables"]))
         print(f"{options.runs / config.name} is finished; --fresh starts it over, --name begins another.")
-        print(next_steps(config, options.runs / config.name))
+        print(next_steps(config, options.runs / config.name, finished["first_stage"]))
         return
     resolve_model(config.model.base, say=lambda _: None)  # a wrong name fails before any work
     encoder = load_encoder(config.data.encoder, options.backend)
@@ -47,21 +47,26 @@ def main(argv: Sequence[str] | None = None) -> None:
             if options.evaluate_start:
                 scorers.insert(0, load_scorer(config.model.base, options.backend, recipe=config))
             table = evaluate_recipe(config, prepared, scorers, encoder)
-            results = {"tables": table.shown(), "evaluation": table.json(), "training": summary}
+            results = {
+                "tables": table.shown(),
+                "evaluation": table.json(),
+                "first_stage": prepared.first_stage,
+                "training": summary,
+            }
             folder.write_json(RESULTS_FILE, results)
             print(table.text())
         write_report(folder.path)
-    print(next_steps(config, folder.path))
+    print(next_steps(config, folder.path, prepared.first_stage))
 
 
-def next_steps(config: RerankerConfig, run: Path) -> str:
+def next_steps(config: RerankerConfig, run: Path, first_stage: str) -> str:
     """Where the run's files lie and what to type next."""
-    name = config.data.name
-    data = "" if name == "pydocs" else f" --data {name}"
+    data = "" if config.data.name == "pydocs" else f" --data {config.data.name}"
+    judged = " --judged" if config.evaluation.candidates == "judged" else ""
     return (
         f"checkpoint: {run / 'best'}\nreport: {run / 'report.html'}\n"
         f'next: python scripts/rerank.py --model {run / "best"} --query "..." --passages FILE\n'
-        f"      python scripts/evaluate.py {run / 'best'}{data}"
+        f"      python scripts/evaluate.py {run / 'best'}{data} --first-stage {first_stage}{judged}"
     )
 
 

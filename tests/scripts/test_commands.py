@@ -102,6 +102,7 @@ def test_preparing_says_sizes_fingerprint_truncation_and_where_it_lies(project: 
 def test_training_ends_with_the_test_table_and_what_to_type_next(project: Project) -> None:
     for part in ("bm25 ", "dense ", "rrf ", "rrf → tiny/best, alone", "fused ω=", "portable", "p bm25"):
         assert part in project.trained
+    assert f"--data {project.world.data} --first-stage rrf" in project.trained
     for part in ("environment: ", "jax ", f"checkpoint: {project.run / 'best'}", "scripts/rerank.py --model"):
         assert part in project.trained
     results = json.loads((project.run / "results.json").read_text())
