@@ -94,7 +94,7 @@ COLLECTIONS = {
         {
             "data": {**_SHORT, "max_passage_tokens": 64, "negatives": "judged"},
             "train": {"max_steps": 200, "batch_size": 8},
-            "evaluation": {"dev_queries": 100, "dev_depth": 20, "candidates": "judged"},
+            "evaluation": {"dev_queries": 126, "dev_depth": 12, "candidates": "judged"},
         },
         ("rrf",),
         100,

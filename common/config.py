@@ -102,8 +102,10 @@ class QuantumConfig:
 class TrainConfig:
     objective: Objective = "quantum"
     epochs: float = 1.0
+    min_steps: int = 0
+    """Goes on past `epochs` to this many steps: what a few hundred queries need."""
     max_steps: int | None = None
-    """Stops earlier than `epochs`, or goes on past them when `epochs` is 0."""
+    """Stops earlier than `epochs`; the length of the run when `epochs` is 0."""
     batch_size: int = 8
     """Lists in an optimizer step, over all devices and micro-batches."""
     micro_batches: int = 1
@@ -186,6 +188,7 @@ class RerankerConfig:
             ("data.length_buckets", d.length_buckets, _increasing(d.length_buckets), "increasing, >= 8"),
             ("data.related_threshold", d.related_threshold, 0 <= d.related_threshold <= 1, "[0, 1]"),
             ("train.epochs", t.epochs, t.epochs >= 0 and (t.epochs > 0 or t.max_steps), "> 0, or max_steps"),
+            ("train.min_steps", t.min_steps, t.min_steps >= 0, ">= 0"),
             ("train.max_steps", t.max_steps, t.max_steps is None or t.max_steps > 0, ">= 1"),
             ("train.batch_size", t.batch_size, t.batch_size >= 1, ">= 1"),
             (

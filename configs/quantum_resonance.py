@@ -18,11 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from common.config import DataConfig, ModelConfig, QuantumConfig, RerankerConfig, TrainConfig
+from common.config import DataConfig, EvalConfig, ModelConfig, QuantumConfig, RerankerConfig, TrainConfig
 
 
 def default() -> RerankerConfig:
-    return RerankerConfig()
+    """A few hundred to a few thousand queries, minutes on two cores."""
+    return RerankerConfig(
+        data=DataConfig(list_size=4),
+        train=TrainConfig(epochs=0.5, min_steps=180, learning_rate=1e-4, evaluations=2),
+        evaluation=EvalConfig(depth=30, dev_queries=100),
+    )
 
 
 def quick() -> RerankerConfig:

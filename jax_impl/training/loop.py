@@ -329,10 +329,11 @@ def train_reranker(
 
 
 def planned_steps(config: RerankerConfig, steps_per_epoch: int) -> int:
-    """Optimizer steps of a run: `epochs` of the lists, at most `max_steps`; `max_steps` alone at epochs 0."""
+    """Optimizer steps of a run: `epochs` of the lists, at least `min_steps`, at most `max_steps`."""
     train = config.train
     wanted = round(train.epochs * steps_per_epoch) if train.epochs else train.max_steps or 0
-    return max(1, min(wanted, train.max_steps or wanted))
+    wanted = max(1, wanted, train.min_steps)
+    return min(wanted, train.max_steps or wanted)
 
 
 def model_card(config: RerankerConfig, loaded: LoadedReranker, training: dict[str, Any]) -> str:
