@@ -34,6 +34,7 @@ from common.metrics.significance import bootstrap_interval, paired_randomisation
 from common.prepare import Prepared, cache_root, candidates, load_data, prepare
 from common.retrieval.fusion import choose_omega
 from common.runs import RunFolder
+from common.text import PASSAGE, QUERY, PairTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PEER = "st"
@@ -46,7 +47,10 @@ RESULT = "result.json"  # written last: a run that has it is finished
 
 @dataclasses.dataclass(frozen=True)
 class Collection:
-    """How one collection is trained on and measured; `recipe` holds changes to RerankerConfig by part."""
+    """How one collection is trained on and measured; `recipe` holds changes to RerankerConfig by part.
+
+    The recipe's first stage ranks dev best of all: its candidates choose checkpoint and fusion weight.
+    """
 
     title: str
     recipe: Mapping[str, Mapping[str, Any]]
@@ -64,9 +68,9 @@ COLLECTIONS = {
         {
             "data": {**_SHORT, "max_samples": 1200},
             "train": {"max_steps": 150, "batch_size": 8},
-            "evaluation": {"dev_queries": 80, "dev_depth": 15},
+            "evaluation": {"dev_queries": 80, "dev_depth": 15, "first_stage": "dense"},
         },
-        ("rrf",),
+        ("dense",),
         30,
     ),
     "scifact": Collection(
@@ -183,7 +187,7 @@ def base_config(collection: str, data: Path) -> RerankerConfig:
     common: Changes = {
         "data": {"name": str(data / collection)},
         "train": {"epochs": 0.0, "max_steps": 1, "learning_rate": 5e-5, "evaluations": 3},
-        "evaluation": {"depth": settings.depth},
+        "evaluation": {"depth": settings.depth, "first_stage": "rrf"},
     }
     return changed(changed(RerankerConfig(name=collection), common), settings.recipe)
 
@@ -232,7 +236,6 @@ def train(job: Job, root: Path, encoder: Encoder) -> None:
 def training_pairs(config: RerankerConfig, prepared: Prepared) -> Iterator[tuple[str, str, float]]:
     """(query, passage, 1 relevant or 0) of every candidate that our run sees, in its order, cut alike."""
     from common.data.pipeline import ListPlan
-    from common.text import PASSAGE, QUERY, PairTokenizer
     from jax_impl.training.loop import planned_steps
 
     data, training = config.data, prepared.training
@@ -422,12 +425,22 @@ class PeerScorer:
         return Scores(scores, scores, nothing, nothing, nothing)
 
 
-def load_peer(run: Path, result: Mapping[str, Any]) -> PeerScorer:
-    """The peer that `train_peer` left in a run's folder."""
+def load_ours(run: Path, limits: tuple[int, int] | None) -> Scorer:
+    """Our best checkpoint of a run; `limits` (query, passage tokens) replace those it was trained with."""
+    scorer: Any = load_scorer(run / "best", say=lambda _: None)
+    if limits is not None:
+        scorer.tokenizer = PairTokenizer(run / "best", *limits)
+        scorer.identity = checkpoint_identity(run / "best", "limits", limits)
+    return scorer
+
+
+def load_peer(run: Path, limits: tuple[int, int] | None) -> PeerScorer:
+    """The peer's best checkpoint of a run, `limits` as above."""
     from sentence_transformers import CrossEncoder
 
     use_all_cores()
-    limits = (int(result["limits"][0]), int(result["limits"][1]))
+    result = read_json(run / RESULT)
+    limits = limits or (int(result["limits"][0]), int(result["limits"][1]))
     directory = run / "best"
     return PeerScorer(
         CrossEncoder(str(directory), max_length=sum(limits) + 3),
@@ -511,6 +524,8 @@ def measure(
         qrels = read_tsv_qrels(folder / "qrels_full.tsv")
     qrels = {query: qrels[query] for query in sorted(qrels)[: options.max_test_queries]}
     pools = options.pools or settings.pools
+    # other collections' checkpoints were trained on other lengths
+    limits = None if settings.trained else (config.data.max_query_tokens, config.data.max_passage_tokens)
 
     def table(scorers: Sequence[Scorer]) -> Table:
         return evaluate(
@@ -537,8 +552,7 @@ def measure(
         tables = []
         for run in runs:
             print(f"{collection}: {run.parent.name}/{run.name}")
-            result = read_json(run / RESULT)
-            tables.append(table([load_peer(run, result) if variant == PEER else load_scorer(run / "best")]))
+            tables.append(table([(load_peer if variant == PEER else load_ours)(run, limits)]))
         rankings += _averaged(label, (trained_on, variant, rate), tables, list(qrels))
     return rankings, len(qrels), data.fingerprint
 

@@ -1,0 +1,33 @@
+"""The comparison is fair: both libraries read the same tokens, and different runs never share a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.real_collections import VARIANTS, Cutter, Job
+from common.hub import resolve_model
+from common.text import PairTokenizer
+
+TEXTS = ["Unbelievably long: naïve tokenizers misread 東京, don't they?", "one", "a  b\tc (d) e-f_g"]
+
+
+def test_a_text_cut_for_the_peer_has_exactly_the_tokens_that_ours_keeps() -> None:
+    base = resolve_model("default", say=lambda _: None)
+    cutter = Cutter(base)
+    for limit in range(1, 20):
+        ours, _ = PairTokenizer(base, 64, limit).passage_ids(TEXTS)
+        theirs, _ = PairTokenizer(base, 64, 192).passage_ids(cutter(TEXTS, limit))
+        for text, a, b in zip(TEXTS, ours, theirs, strict=True):
+            # a cut inside a word may leave another piece at the end, before [SEP]
+            assert len(a) == len(b) and np.array_equal(a[:-2], b[:-2]), (text, limit)
+
+
+def test_different_runs_never_share_a_folder() -> None:
+    first = Job("conala", "listwise", 0, None, None, None, Path("data"))
+    others = [{"variant": name} for name in VARIANTS if name != "listwise"]
+    others += [{"seed": 1}, {"rate": 1e-4}, {"steps": 7}, {"queries": 9}]
+    names = [first.name, *(dataclasses.replace(first, **other).name for other in others)]
+    assert len(set(names)) == len(names)
