@@ -9,7 +9,8 @@ import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from types import ModuleType
+from typing import Annotated, Any, Literal, TypeVar
 
 from common.errors import UserError
 
@@ -84,7 +85,7 @@ class QuantumConfig:
     """Fidelity above which a pair counts as relevant, in [0, 1]."""
     resonance_weight: float = 0.3
     resonance_sharpness: float = 10.0
-    """Where the trained slope of the resonance term begins."""
+    """Slope κ of the resonance term around the threshold."""
     entanglement_weight: float = 0.3
     entanglement_margin: float = 0.3
     """Overlap that unrelated queries may keep, in [-1, 1]."""
@@ -109,7 +110,8 @@ class TrainConfig:
     batch_size: int = 8
     """Lists in an optimizer step, over all devices and micro-batches."""
     micro_batches: int = 1
-    """Parts a step is accumulated from; lowers memory, keeps the result."""
+    """Parts a step is accumulated from: lowers memory and keeps the result, except that the entanglement term
+    sees only the pairs of queries within a part."""
     learning_rate: float = 5e-5
     warmup: float = 0.1
     """Share of the steps with a rising rate."""
@@ -163,6 +165,7 @@ class RerankerConfig:
     def validate(self) -> RerankerConfig:
         """Return self, or raise a UserError that lists every field out of range."""
         q, d, t, e = self.quantum, self.data, self.train, self.evaluation
+        width = self.model.complex_width
         checks = [
             ("quantum.resonance_threshold", q.resonance_threshold, 0 <= q.resonance_threshold <= 1, "[0, 1]"),
             ("quantum.resonance_weight", q.resonance_weight, q.resonance_weight >= 0, ">= 0"),
@@ -212,6 +215,8 @@ class RerankerConfig:
             ("evaluation.dev_queries", e.dev_queries, e.dev_queries is None or e.dev_queries > 0, ">= 1"),
             ("evaluation.fusion_grid", e.fusion_grid, 0.0 in e.fusion_grid, "a grid that contains 0"),
             ("model.lora.rank", self.model.lora.rank, self.model.lora.rank >= 1, ">= 1"),
+            ("model.lora.alpha", self.model.lora.alpha, self.model.lora.alpha > 0, "> 0"),
+            ("model.complex_width", width, width is None or width >= 1, ">= 1"),
         ]
         wrong = [
             f"{field} is {value!r}; allowed: {allowed}" for field, value, good, allowed in checks if not good
@@ -247,10 +252,7 @@ def load_recipe(path: str, preset: str | None = None) -> RerankerConfig:
         near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.py")], n=1)
         hint = f"; did you mean {file.parent / near[0]}?" if near else ""
         raise UserError(f"no recipe at {path}{hint} (recipes are the files of configs/)")
-    spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = _recipe_module(file)
     presets: dict[str, Any] = getattr(module, "PRESETS", {})
     if preset is not None and preset not in presets:
         near = difflib.get_close_matches(preset, presets, n=1)
@@ -259,6 +261,20 @@ def load_recipe(path: str, preset: str | None = None) -> RerankerConfig:
             f"{path} has no preset {preset!r}; it has: {', '.join(sorted(presets)) or 'none'}.{hint}"
         )
     return module.get_config(preset) if presets else module.get_config()
+
+
+def _recipe_module(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{file}: a recipe is a Python file (.py) with a function get_config()")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError, NameError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: the recipe cannot be read ({type(error).__name__}: {error})") from error
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{file}: has no get_config(); a recipe returns its settings from this function")
+    return module
 
 
 def parse_command(
@@ -345,6 +361,3 @@ def _refuse_unknown(argv: Sequence[str], known: set[str]) -> None:
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain JSON values."""
     return dataclasses.asdict(config)
-
-
-ALL_STARTS = tuple(s for s in get_args(Start) if s != "auto")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from common.errors import UserError, listed
 Run = dict[str, dict[str, float]]  # query id -> passage id -> score, higher first
 Qrels = dict[str, dict[str, int]]  # query id -> passage id -> grade, grade > 0 is relevant
 OnBadRow = Literal["error", "skip"]
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # a pair of these escapes is one character
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class RankingData:
         if problems:
             raise UserError(
                 f"{self.name}: {len(problems)} problem(s):\n{listed(problems)}\n"
-                "Mend the files, or leave the rows out with on_bad_row=skip."
+                "Mend the files, or leave the rows out with --data.on-bad-row skip (on_bad_row=skip)."
             )
         return self
 
@@ -99,7 +101,7 @@ class BadRows:
         if self.problems and not self.skip:
             raise UserError(
                 f"{len(self.problems)} bad row(s):\n{listed(self.problems)}\n"
-                "Mend them, or leave them out with on_bad_row=skip."
+                "Mend them, or leave them out with --data.on-bad-row skip (on_bad_row=skip)."
             )
 
 
@@ -136,7 +138,7 @@ def json_rows(path: Path, bad: BadRows) -> Iterator[tuple[str, Any]]:
     """Yield ("file:line", value) for each row of JSONL, or of one JSON array."""
     text = read_text(path)
     if text.lstrip().startswith("["):
-        yield from _array_rows(path, text)
+        yield from _array_rows(path, text, bad)
         return
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -146,10 +148,22 @@ def json_rows(path: Path, bad: BadRows) -> Iterator[tuple[str, Any]]:
         except json.JSONDecodeError as error:
             bad.add(f"{path}:{number}", f"not JSON: {error.msg}", "not JSON")
             continue
+        if _HALF_CHARACTER.search(line) and not _is_unicode(value):
+            bad.add(f"{path}:{number}", "half a character (a lone \\ud800-\\udfff escape)", "not Unicode")
+            continue
         yield f"{path}:{number}", value
 
 
-def _array_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+def _is_unicode(value: Any) -> bool:
+    """Whether every text of a JSON value can be written as UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _array_rows(path: Path, text: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
@@ -161,7 +175,10 @@ def _array_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             return
         line += text.count("\n", at, start)
         value, at = decoder.raw_decode(text, start)
-        yield f"{path}:{line}", value
+        if _HALF_CHARACTER.search(text, start, at) and not _is_unicode(value):
+            bad.add(f"{path}:{line}", "half a character (a lone \\ud800-\\udfff escape)", "not Unicode")
+        else:
+            yield f"{path}:{line}", value
         line += text.count("\n", start, at)
 
 

@@ -85,7 +85,8 @@ def cut_splits(data: RankingData, dev_fraction: float, test_fraction: float, see
     if empty or not parts["train"]:
         raise UserError(
             f"{data.name}: {len(data.qrels['train'])} training queries are too few to cut "
-            f"{', '.join(fractions)} from. Give more rows, judgements for these splits, or a larger fraction."
+            f"{', '.join(fractions)} from: some 30 are needed. Give more rows, or a BEIR folder with "
+            "judgements for these splits."
         )
     return replace(data, qrels={**data.qrels, **{s: q for s, q in parts.items() if q}})
 

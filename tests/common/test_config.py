@@ -93,3 +93,17 @@ def test_a_missing_recipe_names_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "quantum.py").write_text("")
     with pytest.raises(UserError, match=r"no recipe at .*quantun\.py; did you mean .*quantum\.py\?"):
         load_recipe(str(tmp_path / "quantun.py"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("recipe.yaml", "a: 1", "a recipe is a Python file"),
+        ("recipe.py", "x = 1", r"has no get_config\(\)"),
+        ("recipe.py", "def (", r"cannot be read \(SyntaxError"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_recipe(str(tmp_path / name))

@@ -194,3 +194,13 @@ def test_unreadable_file_is_named(tmp_path: Path, name: str, content: bytes, wha
 def test_unknown_choice_for_bad_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="on_bad_row is 'ignore'; allowed: 'error', 'skip'"):
         parse_triples(tmp_path / "rows.jsonl", on_bad_row="ignore")  # type: ignore[arg-type]
+
+
+def test_half_a_character_is_a_bad_row_and_a_whole_one_is_not(tmp_path: Path) -> None:
+    lines = ['{"query": "\\ud83d\\ude00", "positive": "a"}', '{"query": "\\ud83d", "positive": "a"}']
+    for name, text in (("rows.jsonl", "\n".join(lines)), ("rows.json", "[" + ",\n".join(lines) + "]")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=f"{name}:2: half a character"):
+            parse_triples(tmp_path / name)
+        triples, dropped = parse_triples(tmp_path / name, "skip")
+        assert [triple.query for triple in triples] == ["😀"] and dropped == {"not Unicode": 1}
