@@ -19,6 +19,7 @@ import tyro
 
 from common.backends import load_encoder, load_scorer
 from common.config import FirstStage
+from common.data.records import OnBadRow
 from common.data.sources import load_ranking_data, read_trec_run
 from common.errors import UserError, run_command
 from common.evaluation import chosen_qrels, evaluate, write_output
@@ -34,6 +35,7 @@ class Args:
     data: str = "pydocs"
     """`pydocs`, a file of triples, a BEIR or TREC folder, or a hub dataset."""
     split: str = "test"
+    on_bad_row: OnBadRow = "error"
     first_stage: tuple[FirstStage, ...] = ("rrf",)
     """Whose candidates are reranked; several give a block of rows each."""
     run: Path | None = None
@@ -81,11 +83,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     say = functools.partial(print, file=sys.stderr)
     scorers = [load_scorer(model, args.backend, say=say) for model in args.models]
     cache = args.cache or cache_root()
-    data = load_ranking_data(args.data)
+    data = load_ranking_data(args.data, on_bad_row=args.on_bad_row)
     qrels = chosen_qrels(data, args.split, args.qrels, args.max_queries)
     if args.run is not None:
         stages, pools = {"run": read_trec_run(args.run)}, ("run",)
     else:
+        outside = sum(query not in data.split(args.split) for query in qrels)
+        if outside:
+            raise UserError(
+                f"{args.qrels}: {outside} of its {len(qrels)} queries are not in split {args.split!r} "
+                "and have no candidates; name their split with --split, or bring candidates with --run"
+            )
         encoder = None if args.encoder == "none" else load_encoder(args.encoder, args.backend, say=say)
         stages = candidates(data, args.split, encoder, args.judged, depth=args.depth, cache=cache)
         pools = tuple(dict.fromkeys(args.first_stage))

@@ -7,6 +7,7 @@ A recipe's presets: --preset quick. Other data: --data FILE_OR_FOLDER. Beside an
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,13 +61,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def next_steps(config: RerankerConfig, run: Path, first_stage: str) -> str:
-    """Where the run's files lie and what to type next."""
-    data = "" if config.data.name == "pydocs" else f" --data {config.data.name}"
-    judged = " --judged" if config.evaluation.candidates == "judged" else ""
+    """Where the run's files lie and what to type next: the evaluation is that of the run's own table."""
+    data, evaluation, best = config.data, config.evaluation, shlex.quote(str(run / "best"))
+    flags = [("--data", data.name, "pydocs"), ("--split", data.test_split, "test")]
+    flags += [("--on-bad-row", data.on_bad_row, "error"), ("--encoder", data.encoder, "default")]
+    flags += [("--depth", str(evaluation.depth), "50"), ("--first-stage", first_stage, "rrf")]
+    words = [f"{flag} {shlex.quote(value)}" for flag, value, default in flags if value != default]
+    words += ["--judged"] if evaluation.candidates == "judged" else []
     return (
         f"checkpoint: {run / 'best'}\nreport: {run / 'report.html'}\n"
-        f'next: python scripts/rerank.py --model {run / "best"} --query "..." --passages FILE\n'
-        f"      python scripts/evaluate.py {run / 'best'}{data} --first-stage {first_stage}{judged}"
+        f'next: python scripts/rerank.py --model {best} --query "..." --passages FILE\n'
+        f"      {' '.join(('python scripts/evaluate.py', best, *words))}"
     )
 
 
