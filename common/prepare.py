@@ -21,7 +21,7 @@ from common.retrieval.candidates import FIRST_STAGES, first_stages, judged_stage
 from common.retrieval.dense import embed, passage_vectors
 from common.text import PairTokenizer
 
-CANDIDATE_DEPTH = 100  # passages kept for a query by each first stage
+CANDIDATE_DEPTH = 100  # passages kept for a query by each first stage, at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def prepare(config: RerankerConfig, encoder: Encoder, *, say: Callable[[str], No
     judged = config.evaluation.candidates == "judged"
     directory, dropped = _write_training(config, data, encoder)
     training = lists.read_lists(directory)
-    dev = candidates(data, config.data.dev_split, encoder, judged)
+    dev = candidates(data, config.data.dev_split, encoder, judged, depth=config.evaluation.dev_depth)
     sizes = ", ".join(f"{split} {len(qrels):,}" for split, qrels in sorted(data.qrels.items()))
     say(f"data: {data.name} {data.fingerprint}: {len(data.corpus):,} passages, queries: {sizes}")
     lost = "".join(f", {count:,} {reason} dropped" for reason, count in (data.dropped | dropped).items())
@@ -126,7 +126,7 @@ def _known_vectors(data: RankingData, encoder: Encoder) -> Embed:
 def _write_training(
     config: RerankerConfig, data: RankingData, encoder: Encoder
 ) -> tuple[Path, dict[str, int]]:
-    """The folder of the training lists, written unless the cache has it."""
+    """The folder of the training lists, written anew, and how many queries were dropped for what reason."""
     settings = config.data
     key = cache_key(
         data.fingerprint,
@@ -161,7 +161,7 @@ def _negatives(config: RerankerConfig, data: RankingData, encoder: Encoder) -> R
     if source == "judged":
         return judged_stages(data, data.split(split), encoder, cache_root(), ("rrf",))["rrf"]
     assert source in FIRST_STAGES
-    return candidates(data, split, encoder)[source]
+    return candidates(data, split, encoder, depth=config.data.negative_pool)[source]
 
 
 def _related(config: RerankerConfig, data: RankingData, encoder: Encoder) -> lists.Related:

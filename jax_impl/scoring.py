@@ -91,7 +91,7 @@ class JaxEncoder:
         dtype = default_dtype()
         model = load_bi_encoder(directory, dtype=dtype)
         self.tokenizer = PairTokenizer(directory)
-        self.max_tokens = max_tokens or _max_tokens(directory)
+        self.max_tokens = min(max_tokens or _max_tokens(directory), model.bert.config.max_position_embeddings)
         self.dim = model.bert.config.hidden_size
         self.identity = checkpoint_identity(directory, self.max_tokens, str(dtype))
         graphdef, state = nnx.split(model)
@@ -185,4 +185,4 @@ def _score(
 def _max_tokens(directory: Path) -> int:
     """The longest input that a sentence-transformers directory was trained with; 256 when it does not say."""
     file = directory / "sentence_bert_config.json"
-    return int(read_json(file).get("max_seq_length", 256)) if file.exists() else 256
+    return int(read_json(file).get("max_seq_length") or 256) if file.exists() else 256

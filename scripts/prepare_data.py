@@ -1,4 +1,4 @@
-"""Load and check a recipe's data; compute candidates and training lists, which training then finds on disk.
+"""Load and check a recipe's data; compute candidates and vectors, which training then finds on disk.
 
 example: python scripts/prepare_data.py --data ../shared/data/scifact --data.max-passage-tokens 192
 
