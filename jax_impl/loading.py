@@ -22,6 +22,7 @@ from common.checkpoint import (
     HEAD_FILE,
     check_keys,
     read_config,
+    read_json,
     read_tensors,
     surviving,
     write_checkpoint,
@@ -82,13 +83,30 @@ def load_cross_encoder(
 
 
 def load_bi_encoder(directory: Path, *, dtype: jnp.dtype = jnp.float32) -> BiEncoder:
-    """The sentence encoder of a directory: mean pooling and unit length. UserError as above."""
+    """The sentence encoder of a directory: mean pooling and unit length.
+
+    UserError as above, and for a directory whose own pooling is another.
+    """
     directory = surviving(directory)
+    _check_pooling(directory)
     config, tensors = keymap.as_bert(read_config(directory), read_tensors(directory), where=directory)
     model = BiEncoder(_bert_config(config, directory), dtype=dtype, rngs=nnx.Rngs(0))
     family = keymap.FAMILIES["bert"]
     _fill(model, tensors, directory, optional=family.new, droppable=(*family.foreign, r"classifier\..*"))
     return model
+
+
+def _check_pooling(directory: Path) -> None:
+    """Refuse what sentence-transformers wrote for another pooling: its vectors would be wrong in silence."""
+    file = directory / "1_Pooling" / "config.json"
+    modes = read_json(file) if file.exists() else {}
+    used = [key for key, value in modes.items() if key.startswith("pooling_mode_") and value is True]
+    used += [modes["pooling_mode"]] if "pooling_mode" in modes else []
+    if used and used not in (["pooling_mode_mean_tokens"], ["mean"], [["mean"]]):
+        raise UserError(
+            f"{directory}: pools by {', '.join(map(str, used))}, and encoders here pool by the mean. "
+            "Choose one that does; as --model.base it can begin with --model.start masked_lm."
+        )
 
 
 def choose_start(directory: Path, config: Mapping[str, Any], tensors: Arrays, wanted: str = "auto") -> str:

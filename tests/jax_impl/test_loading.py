@@ -230,3 +230,14 @@ def test_sentence_transformers_loads_what_we_saved_and_gives_the_portable_scores
     )
     np.testing.assert_allclose(theirs, ours.portable, atol=1e-4)
     assert np.std(ours.portable) > 1e-3
+
+
+def test_a_sentence_encoder_that_does_not_pool_by_the_mean_is_refused(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    pooling = base / "1_Pooling" / "config.json"
+    pooling.parent.mkdir(exist_ok=True)
+    pooling.write_text(json.dumps({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}))
+    load_bi_encoder(base)
+    pooling.write_text(json.dumps({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}))
+    with pytest.raises(UserError, match=r"pools by pooling_mode_cls_token.*--model\.start masked_lm"):
+        load_bi_encoder(base)
