@@ -63,9 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def next_steps(config: RerankerConfig, run: Path, first_stage: str) -> str:
     """Where the run's files lie and what to type next: the evaluation is that of the run's own table."""
     data, evaluation, best = config.data, config.evaluation, shlex.quote(str(run / "best"))
-    flags = [("--data", data.name, "pydocs"), ("--split", data.test_split, "test")]
-    flags += [("--on-bad-row", data.on_bad_row, "error"), ("--encoder", data.encoder, "default")]
-    flags += [("--depth", str(evaluation.depth), "50"), ("--first-stage", first_stage, "rrf")]
+    flags = [("--data", data.name, "pydocs"), ("--first-stage", first_stage, "")]
+    flags += [("--depth", str(evaluation.depth), "50"), ("--split", data.test_split, "test")]
+    flags += [("--encoder", data.encoder, "default"), ("--on-bad-row", data.on_bad_row, "error")]
     words = [f"{flag} {shlex.quote(value)}" for flag, value, default in flags if value != default]
     words += ["--judged"] if evaluation.candidates == "judged" else []
     return (
