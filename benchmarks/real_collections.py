@@ -31,7 +31,7 @@ from common.evaluation import Table, evaluate
 from common.hub import resolve_model
 from common.metrics.ranking import evaluate_run, mean, ranked
 from common.metrics.significance import bootstrap_interval, paired_randomisation
-from common.prepare import Prepared, cache_root, candidates, load_data, prepare
+from common.prepare import Prepared, cache_root, candidates, dev_queries, load_data, prepare
 from common.retrieval.fusion import choose_omega
 from common.runs import RunFolder
 from common.text import PASSAGE, QUERY, PairTokenizer
@@ -318,10 +318,11 @@ class PeerDev:
         self.steps = {max(1, round(steps * (i + 1) / count)) for i in range(count)}
         self.limits = (config.data.max_query_tokens, config.data.max_passage_tokens)
         judged = prepared.data.split(config.data.dev_split)
-        self.qrels: Qrels = {query: judged[query] for query in sorted(judged)[: self.settings.dev_queries]}
+        self.qrels: Qrels = {query: judged[query] for query in dev_queries(judged, self.settings.dev_queries)}
         stage = prepared.dev[prepared.first_stage]
+        depth = None if self.settings.candidates == "judged" else self.settings.dev_depth
         self.first: Run = {
-            query: {p: stage[query][p] for p in ranked(stage[query], self.settings.dev_depth)}
+            query: {p: stage[query][p] for p in ranked(stage[query], depth)}
             for query in self.qrels
             if stage.get(query)
         }

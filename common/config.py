@@ -93,8 +93,8 @@ class QuantumConfig:
     temperature_end: float = 1.0
     entropy_bonus: float = 0.1
     alignment_weight: float = 3.0
-    """Holds the states to the base's own of each text alone until the collapse ends; a sentence encoder's
-    start only."""
+    """Holds the states to the base's own of each text alone until the collapse ends, with every objective; a
+    sentence encoder's start only."""
     portable_weight: float = 1.0
     """Weight of the portable score's distillation from the full one; 0 turns it off."""
 
@@ -138,7 +138,7 @@ class EvalConfig:
     first_stage: Literal["auto"] | FirstStage = "auto"
     """Whose candidates are reranked, and whose scores are fused in; `auto` is the one that ranks dev best."""
     candidates: Literal["retrieved", "judged"] = "retrieved"
-    """The first stage's top passages, or exactly the judged passages of a query."""
+    """The first stage's top passages, or exactly the judged passages of a query, whatever `depth` says."""
     depth: int = 50
     """Candidates reranked for a query."""
     dev_queries: int | None = None

@@ -178,12 +178,13 @@ def evaluate_recipe(
     data = prepared.data
     settings, split = config.evaluation, config.data.test_split
     judged = settings.candidates == "judged"
+    longest = max(map(len, data.split(split).values()), default=0)
     return evaluate(
         data,
         split,
         candidates(data, split, encoder, judged, depth=settings.depth),
         scorers,
-        depth=settings.depth,
+        depth=longest if judged else settings.depth,
         pools=(prepared.first_stage,),
         cache_dir=cache_root(),
         metrics=tuple(dict.fromkeys((settings.metric, *DEFAULT_METRICS))),

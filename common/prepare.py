@@ -14,7 +14,7 @@ from common.cache import cache_key
 from common.config import DataConfig, RerankerConfig
 from common.data import lists
 from common.data.pipeline import Embed, ListPlan
-from common.data.records import RankingData, Run
+from common.data.records import Qrels, RankingData, Run, stable_id
 from common.data.sources import load_ranking_data
 from common.metrics.ranking import evaluate_run, mean
 from common.retrieval.candidates import FIRST_STAGES, first_stages, judged_stages
@@ -170,6 +170,11 @@ def _related(config: RerankerConfig, data: RankingData, encoder: Encoder) -> lis
     ids = sorted(data.split(config.data.train_split))
     vectors = embed([data.queries[query] for query in ids], encoder, "query")
     return lists.related_queries(vectors, ids, config.data.related_threshold)
+
+
+def dev_queries(judged: Qrels, limit: int | None) -> list[str]:
+    """The dev queries scored during training: at most `limit`, a fixed sample."""
+    return sorted(judged, key=lambda query: stable_id("", query))[:limit]
 
 
 def pairs_queries(config: RerankerConfig) -> bool:

@@ -9,7 +9,7 @@ import contextlib
 import io
 import re
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from common.data.records import RankingData, Run
+from common.data.records import RankingData, Run, same_words
 from common.errors import UserError
 
 NO_POSITIVE = "queries without a relevant passage"
@@ -50,14 +50,19 @@ def build_lists(
 ) -> tuple[list[TrainingList], dict[str, int]]:
     """Training lists of a split's queries, and how many queries were dropped for what reason.
 
-    Negatives are the best of `negatives_run` that are not relevant (nor have a relevant passage's text), at
-    most `pool_size`. `max_samples` keeps a random subset, drawn with `seed`. Raises UserError when no list
-    remains.
+    Negatives are the best of `negatives_run` that are not relevant, neither for the query nor for another of
+    the same words (nor have such a passage's text), at most `pool_size`. `max_samples` keeps a random subset,
+    drawn with `seed`. Raises UserError when no list remains.
     """
     dropped: Counter[str] = Counter()
     found: list[TrainingList] = []
+    relevant: dict[str, set[str]] = defaultdict(set)  # words of a query -> texts of relevant passages
+    for query_id, grades in data.split(split).items():
+        texts = (data.corpus[passage] for passage, grade in grades.items() if grade > 0)
+        relevant[same_words(data.queries[query_id])].update(texts)
     for query_id, grades in sorted(data.split(split).items()):
-        item = _one_list(data, query_id, grades, negatives_run.get(query_id, {}), pool_size)
+        shown = relevant[same_words(data.queries[query_id])]
+        item = _one_list(data, query_id, grades, negatives_run.get(query_id, {}), pool_size, shown)
         reason = NO_NEGATIVE if item.positives else NO_POSITIVE
         if item.positives and item.negatives:
             found.append(item)
@@ -179,9 +184,9 @@ def _one_list(
     grades: Mapping[str, int],
     candidates: Mapping[str, float],
     pool_size: int,
+    shown: set[str],
 ) -> TrainingList:
     relevant = sorted((p for p, grade in grades.items() if grade > 0), key=lambda p: (-grades[p], p))
-    shown = {data.corpus[p] for p in relevant}
     pool: dict[str, None] = {}  # texts in order, each once
     for passage in sorted(candidates, key=lambda p: (-candidates[p], p)):
         if len(pool) < pool_size and data.corpus[passage] not in shown:

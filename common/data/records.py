@@ -115,6 +115,11 @@ class Triple:
     grades: tuple[int, ...]
 
 
+def same_words(text: str) -> str:
+    """The text in lower case with single spaces: equal for queries that differ in nothing else."""
+    return " ".join(text.casefold().split())
+
+
 def stable_id(prefix: str, text: str) -> str:
     """An id that depends on the text alone, so that it never moves when rows are added."""
     return f"{prefix}{hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -21,6 +21,7 @@ from common.data.records import (
     parse_triple,
     parse_triples,
     read_text,
+    same_words,
     triples_data,
 )
 from common.errors import UserError
@@ -71,6 +72,7 @@ def load_ranking_data(
 def cut_splits(data: RankingData, dev_fraction: float, test_fraction: float, seed: int) -> RankingData:
     """Cut the splits that `data` lacks from its train split; a query's split never moves.
 
+    Queries of the same words, whatever their ids, fall into the same split.
     A test split is cut only when the data has no split but train.
     """
     fractions = {"dev": dev_fraction} if "dev" not in data.qrels else {}
@@ -80,7 +82,7 @@ def cut_splits(data: RankingData, dev_fraction: float, test_fraction: float, see
         return data
     parts: dict[str, Qrels] = {split: {} for split in ("train", *fractions)}
     for query, grades in data.qrels["train"].items():
-        parts[_part(query, fractions, seed)][query] = grades
+        parts[_part(data.queries[query], fractions, seed)][query] = grades
     empty = [split for split, share in fractions.items() if share > 0 and not parts[split]]
     if empty or not parts["train"]:
         raise UserError(
@@ -91,7 +93,8 @@ def cut_splits(data: RankingData, dev_fraction: float, test_fraction: float, see
     return replace(data, qrels={**data.qrels, **{s: q for s, q in parts.items() if q}})
 
 
-def _part(query: str, fractions: Mapping[str, float], seed: int) -> str:
+def _part(text: str, fractions: Mapping[str, float], seed: int) -> str:
+    query = same_words(text)
     position = int(hashlib.sha256(f"{seed}:{query}".encode()).hexdigest()[:8], 16) / 2**32
     for split, share in fractions.items():
         if position < share:

@@ -26,7 +26,7 @@ from common.errors import UserError
 from common.hub import resolve_model
 from common.metrics.calibration import Confidence, confidence_features
 from common.metrics.ranking import evaluate_run, mean, ranked
-from common.prepare import Prepared, plan_batches
+from common.prepare import Prepared, dev_queries, plan_batches
 from common.progress import progress
 from common.retrieval.fusion import choose_omega
 from common.runs import RunFolder, environment
@@ -91,15 +91,14 @@ class Trainer:
         state = TrainState(learned, fixed, optimizer.init(learned), jnp.zeros((), jnp.int32))
         self.state: TrainState = jax.device_put(state, everywhere)
         self.dev = _DevSet(config, prepared, self.tokenizer)
+        self._last: tuple[int, DevResult] | None = None
         self._scorer = JaxScorer(self.loaded.model, self.tokenizer, name="dev")
 
     def _base_encoder(self, directory: Path) -> JaxEncoder | None:
         """The base as it was, where the recipe holds the states to its own."""
-        model, width = self.loaded.model, self.loaded.settings["state_size"]
-        aligned = self.config.train.objective == "quantum" and self.config.quantum.alignment_weight > 0
-        if not aligned or self.loaded.start != "sentence_encoder" or width != model.bert.config.hidden_size:
-            return None
-        return JaxEncoder(directory)
+        width = self.loaded.model.bert.config.hidden_size
+        wanted = self.config.quantum.alignment_weight > 0 and self.loaded.settings["state_size"] == width
+        return JaxEncoder(directory) if wanted and self.loaded.start == "sentence_encoder" else None
 
     def run(self) -> dict[str, Any]:
         """Train to the end; returns the summary that training.json holds. Raises UserError (see `errors`)."""
@@ -189,6 +188,7 @@ class Trainer:
         """Score dev, keep the best checkpoint; true when training should stop early."""
         train = self.config.train
         result = self.dev.evaluate(self._scorer_now())
+        self._last = (step, result)
         self.folder.log(
             step,
             "dev",
@@ -227,8 +227,9 @@ class Trainer:
     def _finish(self, notes: dict[str, Any]) -> dict[str, Any]:
         """Write final/, the last parameters; best/ holds those with the best dev metric."""
         step = int(self.state.step)
-        result = self.dev.evaluate(self._scorer_now())
-        self._save(self.folder.final, step, result)
+        if self._last is None or self._last[0] != step:
+            self._last = (step, self.dev.evaluate(self._scorer_now()))
+        self._save(self.folder.final, step, self._last[1])
         return {"steps": step, "best_step": notes["best_step"], "best_dev": notes["best"]}
 
     def _scorer_now(self) -> JaxScorer:
@@ -287,11 +288,12 @@ class _DevSet:
         settings = config.evaluation
         self.settings = settings
         judged = prepared.data.split(config.data.dev_split)
-        queries = sorted(judged)[: settings.dev_queries]
+        queries = dev_queries(judged, settings.dev_queries)
+        depth = None if settings.candidates == "judged" else settings.dev_depth
         self.qrels: Qrels = {query: judged[query] for query in queries}
         stage = prepared.dev[prepared.first_stage]
         self.first: Run = {
-            query: {passage: stage[query][passage] for passage in ranked(stage[query], settings.dev_depth)}
+            query: {passage: stage[query][passage] for passage in ranked(stage[query], depth)}
             for query in queries
             if stage.get(query)
         }
