@@ -70,7 +70,7 @@ def test_signature_at_the_head_of_a_c_docstring_is_no_sentence() -> None:
         "Return the value of this key.",
         f"Return it.\n\n{REST}",
         f"See the other function for how this is done.\n\n{REST}",
-        f"Return the value of this key.\n\n{REST} Return the value of this key!",
+        f"Return the value of this key.\n\nIt will return the value of this key. {REST}",
     ],
     ids=["no rest", "short sentence", "only a reference", "rest repeats the sentence"],
 )
