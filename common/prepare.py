@@ -18,7 +18,7 @@ from common.data.records import Qrels, RankingData, Run, stable_id
 from common.data.sources import load_ranking_data
 from common.metrics.ranking import evaluate_run, mean
 from common.retrieval.candidates import FIRST_STAGES, first_stages, judged_stages
-from common.retrieval.dense import embed, passage_vectors
+from common.retrieval.dense import embed, passage_vectors, vectors_file
 from common.text import PairTokenizer
 
 CANDIDATE_DEPTH = 100  # passages kept for a query by each first stage, at least
@@ -111,9 +111,12 @@ def plan_batches(
 
 
 def _known_vectors(data: RankingData, encoder: Encoder) -> Embed:
-    """The encoder's vectors of texts, those of passages from the cache that the dense first stage filled."""
-    vectors = passage_vectors(data.corpus, encoder, cache_root(), data.fingerprint)
-    rows = {data.corpus[passage]: row for row, passage in enumerate(sorted(data.corpus))}
+    """The encoder's vectors of texts, those of passages from the cache where the first stage filled it."""
+    rows: dict[str, int] = {}
+    vectors = np.zeros((0, encoder.dim), np.float32)
+    if vectors_file(encoder, cache_root(), data.fingerprint).exists():
+        vectors = passage_vectors(data.corpus, encoder, cache_root(), data.fingerprint)
+        rows = {data.corpus[passage]: row for row, passage in enumerate(sorted(data.corpus))}
 
     def look_up(texts: Sequence[str]) -> np.ndarray:
         if all(text in rows for text in texts):

@@ -46,7 +46,7 @@ class RankingData:
         if name not in self.qrels:
             raise UserError(
                 f"{self.name}: no split {name!r}; it has {', '.join(sorted(self.qrels)) or 'none'}. "
-                "Name one of these in the data settings."
+                "Name one of these in the data settings, or train without a test split: --no-evaluate-test."
             )
         return self.qrels[name]
 

@@ -58,7 +58,7 @@ def passage_vectors(
         return embed(texts, encoder, "passage")
     if not fingerprint:
         raise ValueError("a cache needs the fingerprint of the corpus")
-    path = Path(cache_dir) / f"passages-{fingerprint}-{encoder.identity}.npy"
+    path = vectors_file(encoder, cache_dir, fingerprint)
     if path.exists():
         vectors: NDArray[np.float32] = read_cache(path, lambda file: np.load(file, allow_pickle=False))
         if vectors.shape != (len(texts), encoder.dim):
@@ -72,6 +72,11 @@ def passage_vectors(
     np.save(buffer, vectors)
     write_cache(path, buffer.getvalue())
     return vectors
+
+
+def vectors_file(encoder: Encoder, cache_dir: str | Path, fingerprint: str) -> Path:
+    """Where the passages' vectors of this encoder are kept, once computed."""
+    return Path(cache_dir) / f"passages-{fingerprint}-{encoder.identity}.npy"
 
 
 def embed(texts: Sequence[str], encoder: Encoder, kind: Literal["query", "passage"]) -> NDArray[np.float32]:
