@@ -75,8 +75,7 @@ class Trainer:
         self.plan = plan_batches(config, prepared, self.tokenizer, self._base_encoder(directory))
         self.steps = planned_steps(config, len(self.plan))
         self._report_start()
-        learns: Any = trainable if config.model.use_lora else nnx.Param
-        graphdef, learned, fixed = nnx.split(self.loaded.model, learns, ...)  # type: ignore[misc]
+        graphdef, learned, fixed = nnx.split(self.loaded.model, _learns(config), ...)  # type: ignore[misc]
         optimizer = make_optimizer(train, self.steps)
         key = jax.random.fold_in(jax.random.key(train.seed), 1)
         dropout = train.hidden_dropout > 0 or train.attention_dropout > 0
@@ -381,6 +380,13 @@ def _load(config: RerankerConfig, directory: Path, dtype: jnp.dtype) -> LoadedRe
         except ValueError as error:
             raise UserError(f"model.lora.targets: {error}") from None
     return loaded
+
+
+def _learns(config: RerankerConfig) -> Any:
+    """Which parameters learn. The bias b only under a pointwise loss: elsewhere its gradient is rounding noise,
+    which Adam would blow up to full steps."""
+    learns: Any = trainable if config.model.use_lora else nnx.Param
+    return learns if config.train.objective == "bce" else nnx.All(learns, nnx.Not(nnx.PathContains("b")))
 
 
 @contextlib.contextmanager

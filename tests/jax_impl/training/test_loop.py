@@ -322,6 +322,7 @@ def test_five_kills_leave_no_trace(finished: Finished, tmp_path: Path, seed: int
     assert_as_uninterrupted(tmp_path, finished)
 
 
+@pytest.mark.slow
 def test_two_devices_train_as_one(finished: Finished, tmp_path: Path) -> None:
     process = start(finished.config, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=2")
     output, _ = process.communicate()

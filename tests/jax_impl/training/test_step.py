@@ -61,6 +61,8 @@ def random_batch(seed: int) -> Batch:
         jnp.asarray(mask),
         jnp.asarray(related + related.T),
         jnp.asarray([0, 1, 0, 3]),
+        jnp.asarray(rng.normal(size=(B, 32)), jnp.float32),
+        jnp.asarray(rng.normal(size=(B, L, 32)), jnp.float32),
     )
 
 
@@ -130,11 +132,13 @@ def test_terms_between_queries_see_the_queries_of_one_micro_batch(world: World, 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(world: World, seed: int) -> None:
     config = recipe(world, "resonance")
-    config = replace(config, quantum=replace(config.quantum, entanglement_weight=0.2))
+    config = replace(config, quantum=replace(config.quantum, entanglement_weight=0.2, alignment_weight=2.0))
     _, logged = one_step(config, load(world), random_batch(seed))
     resonance = logged["resonance_relevant"] + logged["resonance_other"]
     entanglement = logged["entanglement_attract"] + logged["entanglement_repel"]
+    alignment = logged["alignment_query"] + logged["alignment_passage"]
     expected = logged["rank"] + logged["portable"] + MOMENT.ramp * (0.3 * resonance + 0.2 * entanglement)
+    expected += (1.0 - MOMENT.ramp) * 2.0 * alignment
     assert logged["loss"] == pytest.approx(expected, rel=1e-5)
 
 
