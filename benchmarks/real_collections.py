@@ -122,12 +122,14 @@ VARIANTS: dict[str, Changes] = {
     "superposition": _QUANTUM | {"quantum": {"mode": "superposition"}},
     "entanglement": _QUANTUM | {"quantum": {"mode": "entanglement"}},
     "resonance": _QUANTUM | {"quantum": {"mode": "resonance"}},
+    "unaligned": {"train": {"objective": "listwise"}, "quantum": {"alignment_weight": 0.0}},
     "cls": {"train": {"objective": "listwise"}, "model": {"start": "masked_lm"}},
     "segment1": {"train": {"objective": "listwise"}, "model": {"passage_segment": 1}},
     PEER: {"train": {"objective": "listwise"}},  # whose pairs the peer is trained on
 }
 # The same run less one thing: what each variant's own contribution is measured against.
 WITHOUT = {
+    "listwise": "unaligned",
     "bce": "listwise",
     "superposition": "listwise",
     "entanglement": "superposition",

@@ -70,7 +70,11 @@ class DataConfig:
     """Hardest negatives kept for a query; a list draws from them anew each epoch."""
     max_query_tokens: int = 64
     max_passage_tokens: int = 192
-    length_buckets: tuple[int, ...] = (32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512)
+    # fmt: off
+    length_buckets: tuple[int, ...] = (
+        32, 48, 64, 96, 128, 160, 192, 208, 224, 240, 256, 288, 320, 352, 384, 448, 512,
+    )
+    # fmt: on
     """The padded lengths in use, in tokens; each is compiled once."""
     related_threshold: float = 0.5
     """Two queries with a cosine below this are unrelated."""

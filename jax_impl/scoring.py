@@ -23,8 +23,26 @@ from jax_impl.loading import load_bi_encoder, load_cross_encoder
 from jax_impl.models.cross_encoder import CrossEncoder
 from jax_impl.models.projector import fidelity_factors
 
-TOKENS_PER_BATCH = {"cpu": 4096, "gpu": 131072}  # tokens, padding included
-LENGTHS = (32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512)  # padded to; each is compiled once
+TOKENS_PER_BATCH = {"cpu": 2048, "gpu": 131072}  # tokens, padding included
+LENGTHS = (
+    32,
+    48,
+    64,
+    96,
+    128,
+    160,
+    192,
+    208,
+    224,
+    240,
+    256,
+    288,
+    320,
+    352,
+    384,
+    448,
+    512,
+)  # padded to; each is compiled once
 
 
 def default_dtype(precision: str = "auto") -> jnp.dtype:

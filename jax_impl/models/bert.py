@@ -35,30 +35,40 @@ ACTIVATIONS = {
 
 
 @jax.custom_vjp
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., D] @ kernel [D, F]; unlike JAX's own, its gradient copies no transposed activation on CPU."""
-    return x @ kernel
+def product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x [..., S, D] @ y, either one matrix [D, F] or one for each [..., D, F].
+
+    Its gradient is written for XLA's CPU, which else copies transposed activations or runs on one core.
+    """
+    return x @ y
 
 
-def _matmul_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return x @ kernel, (x, kernel)
+def _product_forward(x: jax.Array, y: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ y, (x, y)
 
 
-def _matmul_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = saved
-    return dy @ kernel.T, x.reshape(-1, x.shape[-1]).T @ dy.reshape(-1, dy.shape[-1])
+def _product_backward(saved: tuple[jax.Array, jax.Array], dz: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, y = saved
+    dx = dz @ y.swapaxes(-1, -2)
+    if y.ndim == 2:
+        return dx, x.reshape(-1, x.shape[-1]).T @ dz.reshape(-1, dz.shape[-1])
+    # x^T dz with the narrower side transposed; without the barriers XLA turns it back.
+    as_written = jax.lax.optimization_barrier
+    if x.shape[-1] <= dz.shape[-1]:
+        return dx, as_written(as_written(x.swapaxes(-1, -2)) @ dz)
+    return dx, as_written(as_written(dz.swapaxes(-1, -2)) @ x).swapaxes(-1, -2)
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+product.defvjp(_product_forward, _product_backward)
 
 
 def linear(inputs: int, outputs: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
-    """A linear layer over `matmul`."""
+    """A linear layer over `product`."""
     return nnx.Linear(inputs, outputs, dot_general=_dot_general, dtype=dtype, rngs=rngs)
 
 
 def _dot_general(x: jax.Array, kernel: jax.Array, dimensions: Any, **_: Any) -> jax.Array:
-    return matmul(x, kernel)
+    return product(x, kernel)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +137,12 @@ class BertSelfAttention(nnx.Module):
 
         query = split(self.query(x) * (width // self.heads) ** -0.5)
         key, value = split(self.key(x)), split(self.value(x))
-        logits = jnp.einsum("nhsk,nhtk->nhst", query, key).astype(jnp.float32) + bias  # [N, H, S, S]
+        logits = product(query, key.swapaxes(2, 3)).astype(jnp.float32) + bias  # [N, H, S, S]
         # A softmax divided after the value product: no pass over [S, S] to normalise, forth or back.
         powers = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
         total = powers.sum(axis=-1, keepdims=True)  # [N, H, S, 1]
         weights = dropout(powers.astype(x.dtype), rate, keys, site=0)
-        context = (jnp.einsum("nhst,nhtk->nhsk", weights, value) / total).astype(x.dtype)
+        context = (product(weights, value) / total).astype(x.dtype)
         return context.swapaxes(1, 2).reshape(rows, tokens, width)  # [N, S, D]
 
 
