@@ -17,32 +17,14 @@ from flax import nnx
 
 from common.backends import Scores, checkpoint_identity, checkpoint_name
 from common.checkpoint import read_json, surviving
-from common.config import RerankerConfig
+from common.config import DataConfig, RerankerConfig
 from common.text import Encoded, PairTokenizer
 from jax_impl.loading import load_bi_encoder, load_cross_encoder
 from jax_impl.models.cross_encoder import CrossEncoder
 from jax_impl.models.projector import fidelity_factors
 
 TOKENS_PER_BATCH = {"cpu": 2048, "gpu": 131072}  # tokens, padding included
-LENGTHS = (
-    32,
-    48,
-    64,
-    96,
-    128,
-    160,
-    192,
-    208,
-    224,
-    240,
-    256,
-    288,
-    320,
-    352,
-    384,
-    448,
-    512,
-)  # padded to; each is compiled once
+LENGTHS = DataConfig.length_buckets  # padded to; each is compiled once
 
 
 def default_dtype(precision: str = "auto") -> jnp.dtype:
