@@ -25,8 +25,8 @@ def default() -> RerankerConfig:
     """A few hundred to a few thousand queries, minutes on two cores."""
     return RerankerConfig(
         data=DataConfig(list_size=4),
-        train=TrainConfig(epochs=0.5, min_steps=180, learning_rate=1e-4, evaluations=2),
-        evaluation=EvalConfig(depth=30, dev_queries=100),
+        train=TrainConfig(epochs=0.4, min_steps=150, learning_rate=1e-4, evaluations=2),
+        evaluation=EvalConfig(depth=20, dev_queries=100, dev_depth=15),
     )
 
 
