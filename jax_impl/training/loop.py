@@ -383,8 +383,8 @@ def _load(config: RerankerConfig, directory: Path, dtype: jnp.dtype) -> LoadedRe
 
 
 def _learns(config: RerankerConfig) -> Any:
-    """Which parameters learn. The bias b only under a pointwise loss: elsewhere its gradient is rounding noise,
-    which Adam would blow up to full steps."""
+    """Which parameters learn. The bias b only under a pointwise loss: elsewhere its gradient is rounding
+    noise, which Adam would blow up to full steps."""
     learns: Any = trainable if config.model.use_lora else nnx.Param
     return learns if config.train.objective == "bce" else nnx.All(learns, nnx.Not(nnx.PathContains("b")))
 
