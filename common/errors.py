@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import io
 import sys
 from collections.abc import Callable
 
@@ -23,6 +24,8 @@ def run_command(main: Callable[[], int | None]) -> None:
 
     A reader that closes the pipe early (`| head`) ends the command without a word.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log file shows what a terminal would, when it would
     try:
         code = main()
         sys.stdout.flush()
