@@ -125,7 +125,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.0
-    """Off by default: it costs a fifth of a step on CPU."""
+    """Off by default."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation; `auto` is bfloat16 on GPU and float32 elsewhere. Parameters stay float32."""
     seed: int = 0
