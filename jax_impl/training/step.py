@@ -26,10 +26,12 @@ from jax_impl.losses.quantum import (
 )
 from jax_impl.losses.ranking import (
     Pair,
+    counted_candidates,
     listwise_denominator,
     listwise_softmax,
     log_probabilities,
     pointwise_bce,
+    total,
 )
 from jax_impl.models.cross_encoder import CrossEncoder, PairOutput
 from jax_impl.models.dropout import row_keys
@@ -117,9 +119,8 @@ def portable_distillation(scores: jax.Array, portable: jax.Array, labels: jax.Ar
     """
     teacher = jax.lax.stop_gradient(log_probabilities(scores, mask))  # [B, L]
     student = log_probabilities(portable, mask)  # [B, L]
-    counted = mask & jnp.any(mask & (labels > 0), axis=1, keepdims=True)
-    divergence = jnp.where(counted, jnp.exp(teacher) * (teacher - student), 0.0)
-    return jnp.sum(divergence), listwise_denominator(labels, mask)
+    divergence = jnp.exp(teacher) * (teacher - student)  # [B, L]
+    return total(divergence, counted_candidates(labels, mask)), listwise_denominator(labels, mask)
 
 
 def make_step(
@@ -190,7 +191,7 @@ def denominators(config: RerankerConfig, micro: list[Batch]) -> dict[str, jax.Ar
         out = PairOutput(nothing, nothing, nothing, state, state)
         terms, _ = loss_terms(config, out, batch, Moment(1.0, 0.0, 0.0))
         totals = {name: totals.get(name, 0.0) + pair[1] for name, pair in terms.items()}
-    return {name: 1.0 / jnp.maximum(1.0, total) for name, total in totals.items()}
+    return {name: 1.0 / jnp.maximum(1.0, number) for name, number in totals.items()}
 
 
 def _rank_term(
