@@ -261,8 +261,8 @@ def training_pairs(config: RerankerConfig, prepared: Prepared) -> Iterator[tuple
 
 
 def train_peer(config: RerankerConfig, prepared: Prepared, folder: RunFolder, rate: float) -> dict[str, Any]:
-    """CrossEncoderTrainer with BCE, one pass over `training_pairs`; best/ holds the best of as many dev
-    evaluations as ours has. Positives weigh as much as negatives, as its reranker examples recommend."""
+    """CrossEncoderTrainer with BCE and our dropout, one pass over `training_pairs`; best/ holds the best of
+    as many dev evaluations as ours has. Positives weigh as much as negatives, as its examples recommend."""
     import torch
     from datasets import Dataset
     from sentence_transformers import CrossEncoder
@@ -277,7 +277,11 @@ def train_peer(config: RerankerConfig, prepared: Prepared, folder: RunFolder, ra
     positives = sum(labels)
     set_seed(seed)
     base = resolve_model(config.model.base, say=lambda _: None)
-    model = CrossEncoder(str(base), num_labels=1, max_length=sum(limits) + 3)
+    dropout = {
+        "hidden_dropout_prob": config.train.hidden_dropout,
+        "attention_probs_dropout_prob": config.train.attention_dropout,
+    }
+    model = CrossEncoder(str(base), num_labels=1, max_length=sum(limits) + 3, config_kwargs=dropout)
     settings = CrossEncoderTrainingArguments(
         output_dir=str(folder.path / "trainer"),
         num_train_epochs=1,
@@ -510,11 +514,17 @@ def finished(root: Path, collection: str, options: argparse.Namespace) -> dict[G
     return dict(sorted(groups.items(), key=lambda item: (item[0][0], order.index(item[0][1]), item[0][2])))
 
 
+def measured(collection: str, options: argparse.Namespace) -> Collection:
+    """The collection's settings with the depth that was asked for."""
+    settings = COLLECTIONS[collection]
+    return dataclasses.replace(settings, depth=options.depth or settings.depth)
+
+
 def measure(
     collection: str, groups: Mapping[Group, Sequence[Path]], options: argparse.Namespace
 ) -> tuple[list[Ranking], int, str]:
     """First stages and every group's rankings over each pool; number of queries; the data's fingerprint."""
-    settings = COLLECTIONS[collection]
+    settings = measured(collection, options)
     config = base_config(collection, options.data_dir)
     data = load_data(config.data)
     qrels, stages = data.split(config.data.test_split), {}
@@ -699,7 +709,7 @@ def result_rows(
 
 def make_table(collection: str, options: argparse.Namespace) -> None:
     """Evaluate a collection's finished runs, print the Markdown table, record the rows."""
-    settings = COLLECTIONS[collection]
+    settings = measured(collection, options)
     groups = finished(options.runs, collection, options)
     rankings, queries, fingerprint = measure(collection, groups, options)
     versus = {
@@ -751,6 +761,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     table.add_argument("--variant", nargs="+", choices=[*VARIANTS], help="only these")
     table.add_argument("--pools", nargs="+", help="first stages to rerank, instead of the collection's")
     table.add_argument("--max-test-queries", type=int)
+    table.add_argument("--depth", type=int, help="candidates reranked, instead of the collection's")
     table.add_argument(
         "--trained-on",
         nargs="+",

@@ -8,7 +8,6 @@ workload.
 from __future__ import annotations
 
 import fcntl
-import importlib.metadata
 import json
 import os
 import shlex
@@ -21,7 +20,7 @@ from typing import Any
 
 from common.checkpoint import read_json, to_json, write_file
 from common.errors import UserError
-from common.runs import environment, git_commit
+from common.runs import environment, git_commit, package_versions
 
 Row = dict[str, Any]
 
@@ -80,7 +79,7 @@ class Record:
             "commit": commit,
             "device": self.device,
             "machine": here["device"],
-            "versions": here["versions"] | {"python": here["python"]} | _versions(PEERS),
+            "versions": here["versions"] | {"python": here["python"]} | package_versions(PEERS),
             "workload": self.workload,
         }
 
@@ -148,16 +147,6 @@ def command_line() -> str:
 
 def _key(row: Row) -> tuple[str, str]:
     return row["what"], row["peer_name"]
-
-
-def _versions(packages: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 @contextmanager

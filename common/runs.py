@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -201,20 +201,25 @@ def environment_line(here: Mapping[str, Any]) -> str:
 
 def environment(device: str | None = None) -> dict[str, Any]:
     """What a result depends on besides its recipe: commit, package versions, device, Python, platform."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_commit": git_commit(),
         "device": device or cpu_name(),
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
-        "versions": versions,
+        "versions": package_versions(_PACKAGES),
     }
+
+
+def package_versions(packages: Sequence[str]) -> dict[str, str]:
+    """Package -> version, for those that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def git_commit() -> str | None:

@@ -120,15 +120,21 @@ def choose_start(directory: Path, config: Mapping[str, Any], tensors: Arrays, wa
             f"{directory}: its classifier has {labels} labels, a reranker has 1. Choose a base encoder, or a "
             "cross-encoder with num_labels 1."
         )
-    if wanted == "cross_encoder" and labels is None:
+    lacking = [part for part in ("pooler.dense", "classifier") if not _holds(tensors, f"{part}.weight")]
+    if lacking and (wanted == "cross_encoder" or (wanted == "auto" and labels == 1)):
         raise UserError(
-            f"{directory}: model.start is cross_encoder, but there is no classifier to begin with."
+            f"{directory}: a cross-encoder's score is classifier(pooler([CLS])), but there is no "
+            f"{' and no '.join(lacking)} to begin with. Choose another --model.start or --model.base."
         )
     if wanted != "auto":
         return wanted
     if labels == 1:
         return "cross_encoder"
     return "sentence_encoder" if (directory / "modules.json").exists() else "masked_lm"
+
+
+def _holds(tensors: Arrays, name: str) -> bool:
+    return any(key == name or key.endswith("." + name) for key in tensors)
 
 
 def save_cross_encoder(

@@ -35,7 +35,10 @@ def default_dtype(precision: str = "auto") -> jnp.dtype:
 
 
 def batches_by_length(encodeds: Sequence[Encoded]) -> Iterator[tuple[np.ndarray, int, int]]:
-    """(indices, rows, length) of batches: longest first, one fixed number of rows for each length."""
+    """(indices, rows, length) of batches: longest first, a fixed number of rows for each length.
+
+    The last batch, often a small one, is padded to a power of two instead.
+    """
     budget = TOKENS_PER_BATCH.get(jax.default_backend(), TOKENS_PER_BATCH["gpu"])
     sizes = np.asarray([len(encoded.ids) for encoded in encodeds], int)
     padded = np.asarray([next((n for n in LENGTHS if n >= size), size) for size in sizes], int)
@@ -44,7 +47,8 @@ def batches_by_length(encodeds: Sequence[Encoded]) -> Iterator[tuple[np.ndarray,
     while start < len(order):
         length = int(padded[order[start]])
         rows = max(1, budget // length)
-        yield order[start : start + rows], rows, length
+        chosen = order[start : start + rows]
+        yield chosen, min(rows, 1 << (len(chosen) - 1).bit_length()), length
         start += rows
 
 

@@ -232,24 +232,6 @@ class ListPlan:
         return weights
 
 
-def make_loader(
-    source: ListSource,
-    tokenizer: PairTokenizer,
-    cfg: DataConfig,
-    *,
-    batch_size: int,
-    steps: int | None = None,
-    epochs: int | None = None,
-    seed: int,
-    pair_related: bool,
-) -> Any:
-    """A grain iterator of ListBatch over `steps` batches or `epochs` epochs, as ListPlan orders them."""
-    if (steps is None) == (epochs is None):
-        raise ValueError("give either steps or epochs")
-    plan = ListPlan(source, tokenizer, cfg, batch_size, seed, pair_related)
-    return plan.loader(steps if steps is not None else (epochs or 0) * len(plan))
-
-
 def _numbered(texts: Sequence[str], numbers: dict[str, int]) -> np.ndarray:
     """The number of each text, new ones counted on; int64 [n]."""
     return np.asarray([numbers.setdefault(text, len(numbers)) for text in texts], np.int64)

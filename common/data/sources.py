@@ -225,7 +225,10 @@ def _collect_qrels(path: Path, parse: Callable[[str], tuple[str, str, int]], bad
         except ValueError as error:
             bad.add(f"{path}:{number}", str(error), "not a judgement")
             continue
-        qrels.setdefault(query, {})[passage] = max(grade, 0)
+        known = qrels.setdefault(query, {}).setdefault(passage, max(grade, 0))
+        if known != max(grade, 0):
+            problem = f"query {query}, passage {passage} was judged {known} before, here {grade}"
+            bad.add(f"{path}:{number}", problem, "a contradicting judgement")
     return qrels
 
 

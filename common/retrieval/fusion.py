@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from common.config import EvalConfig
 from common.data.records import Qrels, Run
 from common.metrics.ranking import evaluate_run, mean, ranked
-
-OMEGA_GRID = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
 
 
 def rrf(runs: Sequence[Run], k: float = 60.0, depth: int = 100) -> Run:
@@ -55,7 +54,7 @@ def choose_omega(
     first_stage: Run,
     rerank: Run,
     qrels: Qrels,
-    grid: Sequence[float] = OMEGA_GRID,
+    grid: Sequence[float] = EvalConfig.fusion_grid,
     metric: str = "nDCG@10",
 ) -> tuple[float, dict[float, float]]:
     """The omega of `grid` with the best mean metric on these (dev) queries, and the metric of each.

@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from common.text import PASSAGE, QUERY
 from jax_impl.models.bert import BertConfig, BertModel
 from jax_impl.models.projector import Projector, State, resonance
-
-QUERY_SIDE, PASSAGE_SIDE = 1, 2
 
 
 class PairOutput(NamedTuple):
@@ -74,10 +73,10 @@ class CrossEncoder(nnx.Module):
           sides: [N, S], 0 padding, 1 the query's side, 2 the passage's; special tokens count with their side.
           keys: [N] random keys for dropout, none in evaluation.
         """
-        segments = self.passage_segment * (sides == PASSAGE_SIDE).astype(jnp.int32)
+        segments = self.passage_segment * (sides == PASSAGE).astype(jnp.int32)
         hidden = self.bert(input_ids, sides > 0, segments, keys)  # [N, S, D]
-        query = self.resonance.projector(mean_of(hidden, sides == QUERY_SIDE))
-        passage = self.resonance.projector(mean_of(hidden, sides == PASSAGE_SIDE))
+        query = self.resonance.projector(mean_of(hidden, sides == QUERY))
+        passage = self.resonance.projector(mean_of(hidden, sides == PASSAGE))
         r = resonance(query, passage)  # [N]
         pooled = self.bert.pooler(hidden)  # [N, D]
         portable = self.classifier(pooled)[:, 0].astype(jnp.float32)

@@ -126,6 +126,7 @@ class Trainer:
         evaluate_at = {round(self.steps * (i + 1) / train.evaluations) for i in range(train.evaluations)}
         if first == 0:
             self._evaluate(0, notes)
+        step = first
         with progress(self.steps, "training", start=first) as bar:
             for step in range(first + 1, self.steps + 1):
                 logged = self._one_step(step, next(batches))

@@ -168,7 +168,7 @@ def make_step(
         updates, opt_state = optimizer.update(gradients, state.optimizer, state.learned)
         learned = optax.apply_updates(state.learned, updates)
         logged = {name: value * scale[name] for name, value in sums.items()}
-        logged |= {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
+        logged |= {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
         return TrainState(learned, state.fixed, opt_state, state.step + 1), logged
 
     return jax.jit(step, donate_argnums=0, out_shardings=placed)

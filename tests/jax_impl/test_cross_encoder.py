@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 
 from common.config import ModelConfig
-from common.text import PairTokenizer
+from common.text import PASSAGE, QUERY, PairTokenizer
 from jax_impl.loading import load_cross_encoder
-from jax_impl.models.cross_encoder import PASSAGE_SIDE, QUERY_SIDE, CrossEncoder, PairOutput, mean_of
+from jax_impl.models.cross_encoder import CrossEncoder, PairOutput, mean_of
 from jax_impl.models.dropout import dropout, row_keys
 from tests.tiny import FILLER, write_base
 
@@ -69,8 +69,8 @@ def test_at_the_warm_start_r_is_the_cosine_of_the_two_pooled_sides(seed: int, tm
     hidden = np.asarray(model.bert(ids, sides > 0), np.float64)
     out = call(model, ids, sides)
     for row in range(len(queries)):
-        query = hidden[row][np.asarray(sides[row]) == QUERY_SIDE].mean(axis=0)
-        passage = hidden[row][np.asarray(sides[row]) == PASSAGE_SIDE].mean(axis=0)
+        query = hidden[row][np.asarray(sides[row]) == QUERY].mean(axis=0)
+        passage = hidden[row][np.asarray(sides[row]) == PASSAGE].mean(axis=0)
         cosine = query @ passage / np.linalg.norm(query) / np.linalg.norm(passage)
         assert abs(float(out.resonance[row]) - cosine) <= 1e-5
 

@@ -109,8 +109,13 @@ def test_a_recipe_can_name_another_start(tmp_path: Path) -> None:
     loaded = load_cross_encoder(base, ModelConfig(start="sentence_encoder"))
     assert loaded.start == "sentence_encoder" and loaded.model.resonance.gamma[...] == 20
     headless = write_base(tmp_path / "headless")
-    with pytest.raises(UserError, match="start is cross_encoder, but there is no classifier"):
+    with pytest.raises(UserError, match="but there is no classifier to begin with"):
         load_cross_encoder(headless, ModelConfig(start="cross_encoder"))
+    change_tensors(
+        base / "model.safetensors", bert__pooler__dense__weight=None, bert__pooler__dense__bias=None
+    )
+    with pytest.raises(UserError, match=r"but there is no pooler.dense to begin with"):
+        load_cross_encoder(base, ModelConfig())
 
 
 def test_a_classifier_of_several_labels_is_refused(tmp_path: Path) -> None:

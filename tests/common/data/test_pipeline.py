@@ -14,7 +14,7 @@ import pytest
 
 from common.config import DataConfig
 from common.data.lists import TrainingList
-from common.data.pipeline import ListBatch, ListPlan, make_loader
+from common.data.pipeline import ListBatch, ListPlan
 from common.errors import UserError
 from common.text import PASSAGE, QUERY, PairTokenizer
 
@@ -64,8 +64,11 @@ def same(a: ListBatch, b: ListBatch) -> bool:
     return all(np.array_equal(x, vars(b)[name]) for name, x in vars(a).items())
 
 
-def loader(lists: list[TrainingList], tokenizer: PairTokenizer, seed: int = 0, **options: int) -> Any:
-    return make_loader(lists, tokenizer, CONFIG, batch_size=4, seed=seed, pair_related=True, **options)
+def loader(
+    lists: list[TrainingList], tokenizer: PairTokenizer, seed: int = 0, *, steps: int = 0, epochs: int = 0
+) -> Any:
+    plan = ListPlan(lists, tokenizer, CONFIG, batch_size=4, seed=seed, pair_related=True)
+    return plan.loader(steps or epochs * len(plan))
 
 
 def words_of(batch: ListBatch, row: int, column: int, side: int) -> list[str]:

@@ -108,16 +108,17 @@ def test_trec_folder_reads_four_column_judgements(beir: Path) -> None:
 def test_bad_rows_of_all_files_are_in_one_error(beir: Path) -> None:
     with (beir / "corpus.jsonl").open("a") as corpus:
         corpus.write('{"_id": "e", "text": " "}\n{"_id": "d1", "text": "again"}\n{"text": "no id"}\n')
-    write_qrels(beir, "test", ["q40\tt", "q40\tt\thigh", "q40\tt\t1"])
+    write_qrels(beir, "test", ["q40\tt", "q40\tt\thigh", "q40\tt\t1", "q40\tt\t2"])
     with pytest.raises(UserError) as caught:
         load_ranking_data(str(beir))
     message = str(caught.value)
-    assert "5 bad row(s)" in message
+    assert "6 bad row(s)" in message
     assert f"{beir}/corpus.jsonl:42: passage 'e' is empty" in message
     assert f"{beir}/corpus.jsonl:43: passage 'd1' appears twice" in message
     assert f"{beir}/corpus.jsonl:44: expected an object" in message
     assert f"{beir}/qrels/test.tsv:2: 2 tab-separated fields, expected 3" in message
     assert f"{beir}/qrels/test.tsv:3: the grade 'high' is not a whole number" in message
+    assert f"{beir}/qrels/test.tsv:5: query q40, passage t was judged 1 before, here 2" in message
 
 
 def test_bad_rows_are_counted_when_skipped(beir: Path) -> None:
