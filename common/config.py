@@ -117,6 +117,8 @@ class TrainConfig:
     """Parts a step is accumulated from: lowers memory and keeps the result, except that the entanglement term
     sees only the pairs of queries within a part."""
     learning_rate: float = 5e-5
+    portable_rate: float = 1.0
+    """Times the learning rate, of the pooler and the classifier: the portable score begins from nothing."""
     warmup: float = 0.1
     """Share of the steps with a rising rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -197,6 +199,7 @@ class RerankerConfig:
             ("train.epochs", t.epochs, t.epochs >= 0 and (t.epochs > 0 or t.max_steps), "> 0, or max_steps"),
             ("train.min_steps", t.min_steps, t.min_steps >= 0, ">= 0"),
             ("train.max_steps", t.max_steps, t.max_steps is None or t.max_steps > 0, ">= 1"),
+            ("train.portable_rate", t.portable_rate, t.portable_rate > 0, "> 0"),
             ("train.batch_size", t.batch_size, t.batch_size >= 1, ">= 1"),
             (
                 "train.micro_batches",

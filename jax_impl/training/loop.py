@@ -50,6 +50,7 @@ class DevResult:
 
     metric: float  # of the reranker alone
     fused: float  # with the best fusion weight
+    portable: float  # of the portable score
     fusion_weight: float
     spread: float  # mean standard deviation of a query's scores
     confidence: Confidence | None
@@ -195,13 +196,14 @@ class Trainer:
             {
                 self.config.evaluation.metric: result.metric,
                 f"{self.config.evaluation.metric} fused": result.fused,
+                f"{self.config.evaluation.metric} portable": result.portable,
                 "fusion_weight": result.fusion_weight,
                 "score_spread": result.spread,
             },
         )
         self.say(
             f"dev at step {step}: {self.config.evaluation.metric} {result.metric:.4f} alone, "
-            f"{result.fused:.4f} fused (first stage {self.dev.baseline:.4f})"
+            f"{result.fused:.4f} fused, {result.portable:.4f} portable (first stage {self.dev.baseline:.4f})"
         )
         self._guard_collapse(step, result, notes)
         if notes["best"] is None or result.metric > notes["best"]:
@@ -306,12 +308,15 @@ class _DevSet:
 
     def evaluate(self, scorer: JaxScorer) -> DevResult:
         scores = scorer.score_encoded(self._encoded)
-        run, features, correct, spread, start = {}, [], [], [], 0
+        run: Run = {}
+        portable: Run = {}
+        features, correct, spread, start = [], [], [], 0
         for query, passages in self.first.items():
             rows = slice(start, start + len(passages))
             start += len(passages)
             values = scores.score[rows]
             run[query] = dict(zip(passages, map(float, values), strict=True))
+            portable[query] = dict(zip(passages, map(float, scores.portable[rows]), strict=True))
             features.append(confidence_features(values, scores.resonance[rows]))
             best = ranked(run[query], 1)[0]
             correct.append(self.qrels[query].get(best, 0) > 0)
@@ -320,7 +325,8 @@ class _DevSet:
         omega, table = choose_omega(self.first, run, self.qrels, self.settings.fusion_grid, metric)
         enough = len(correct) >= MIN_CONFIDENCE_QUERIES and 0 < sum(correct) < len(correct)
         confidence = Confidence.fit(np.asarray(features), np.asarray(correct)) if enough else None
-        return DevResult(table[0.0], table[omega], omega, float(np.mean(spread)), confidence)
+        alone = mean(evaluate_run(portable, self.qrels, (metric,))[metric])
+        return DevResult(table[0.0], table[omega], alone, omega, float(np.mean(spread)), confidence)
 
 
 def train_reranker(

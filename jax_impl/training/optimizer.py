@@ -15,6 +15,7 @@ import optax
 from common.config import TrainConfig
 
 UNDECAYED = {"bias", "scale", "u", "gamma", "b"}  # last names of parameters that weight decay leaves alone
+PORTABLE = {"pooler", "classifier"}  # what the portable score has beside the encoder
 
 
 def learning_rate(config: TrainConfig, steps: int) -> Callable[[Any], Any]:
@@ -32,7 +33,7 @@ def learning_rate(config: TrainConfig, steps: int) -> Callable[[Any], Any]:
 
 
 def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW (b1 0.9, b2 0.999, eps 1e-8) for a run of `steps` steps."""
+    """Clip by global norm, then AdamW (b1 0.9, b2 0.999, eps 1e-8), PORTABLE at a rate of its own."""
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(
@@ -43,14 +44,22 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
             weight_decay=config.weight_decay,
             mask=decayed,
         ),
+        optax.masked(optax.scale(config.portable_rate), portable),
     )
 
 
 def decayed(parameters: Any) -> Any:
     """True at the parameters with weight decay: matrices, except the ones UNDECAYED names."""
 
-    def keep(path: tuple[Any, ...], value: Any) -> bool:
-        names = {str(getattr(part, "key", getattr(part, "name", part))) for part in path}
-        return np.ndim(value) >= 2 and not names & UNDECAYED
+    return jax.tree_util.tree_map_with_path(
+        lambda path, value: np.ndim(value) >= 2 and not _names(path) & UNDECAYED, parameters
+    )
 
-    return jax.tree_util.tree_map_with_path(keep, parameters)
+
+def portable(parameters: Any) -> Any:
+    """True at the parameters of the pooler and the classifier."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: bool(_names(path) & PORTABLE), parameters)
+
+
+def _names(path: tuple[Any, ...]) -> set[str]:
+    return {str(getattr(part, "key", getattr(part, "name", part))) for part in path}

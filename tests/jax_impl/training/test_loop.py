@@ -169,7 +169,7 @@ def test_one_collapsed_evaluation_is_forgiven() -> None:
         config, steps = RerankerConfig(), 100
 
     def guard(step: int, spread: float, notes: dict[str, Any]) -> None:
-        result = loop.DevResult(0.5, 0.5, 0.0, spread, None)
+        result = loop.DevResult(0.5, 0.5, 0.5, 0.0, spread, None)
         loop.Trainer._guard_collapse(Guard(), step, result, notes)  # type: ignore[arg-type]
 
     notes: dict[str, Any] = {"collapsed": 0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -52,6 +53,24 @@ def test_matrices_decay_and_biases_norms_and_scalars_do_not(world: World) -> Non
     assert decays["bert.embeddings.word_embeddings.embedding"] and decays["classifier.kernel"]
     assert decays["bert.encoder.layer.0.attention.self.query.lora_a"]
     assert sum(decays.values()) > 10 and not decays["resonance.gamma"]
+
+
+def test_pooler_and_classifier_learn_at_their_own_rate(world: World) -> None:
+    parameters = nnx.state(load_cross_encoder(world.base, ModelConfig()).model, nnx.Param)
+    gradients = jax.tree.map(jnp.ones_like, parameters)
+
+    def moved(portable_rate: float) -> dict[str, float]:
+        config = TrainConfig(portable_rate=portable_rate, weight_decay=0.0)
+        optimizer = make_optimizer(config, 10)
+        updates, _ = optimizer.update(gradients, optimizer.init(parameters), parameters)
+        flat = nnx.to_flat_state(updates)
+        return {".".join(map(str, path)): float(jnp.max(jnp.abs(leaf.get_value()))) for path, leaf in flat}
+
+    plain, faster = moved(1.0), moved(8.0)
+    for name, size in plain.items():
+        times = 8 if name.startswith(("bert.pooler.", "classifier.")) else 1
+        assert faster[name] == pytest.approx(times * size, rel=1e-5), name
+    assert sum(faster[name] > 2 * plain[name] for name in plain) == 4
 
 
 def test_updates_are_those_of_clipped_adamw_by_hand(seed: int) -> None:
