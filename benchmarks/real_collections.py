@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import shutil
 import time
@@ -160,6 +161,12 @@ class Job:
         return self.rate or (PEER_RATE if self.variant == PEER else self.config.train.learning_rate)
 
     @property
+    def recipe(self) -> dict[str, Any]:
+        """All that the run depends on besides its data."""
+        peer = {"peer": {"learning_rate": self.learning_rate}} if self.variant == PEER else {}
+        return to_dict(self.config) | peer
+
+    @property
     def name(self) -> str:
         """The run's folder; two different runs never share it."""
         config = self.config
@@ -206,13 +213,14 @@ def changed(config: RerankerConfig, changes: Mapping[str, Mapping[str, Any]]) ->
 def train(job: Job, root: Path, encoder: Encoder) -> None:
     """Train one run unless it is finished. Training state is dropped at the end: the runs are many."""
     path = root / job.collection / job.name
+    config = job.config
+    recipe = job.recipe
     if (path / RESULT).exists():
+        check_recipe(path, recipe)
         print(f"{path}: finished before")
         return
     print(f"== {job.collection} {job.name}")
-    config = job.config
     prepared = prepare(config, encoder)
-    recipe = to_dict(config) | ({"peer": {"learning_rate": job.learning_rate}} if job.variant == PEER else {})
     folder = RunFolder.create(path.parent, job.name, recipe, data_fingerprint=prepared.data.fingerprint)
     started = time.monotonic()
     with folder:
@@ -233,6 +241,24 @@ def train(job: Job, root: Path, encoder: Encoder) -> None:
         }
         folder.write_json(RESULT, about | trained)
         shutil.rmtree(folder.state, ignore_errors=True)
+
+
+def check_recipe(run: Path, recipe: Mapping[str, Any]) -> None:
+    """Refuse a finished run of another recipe; a setting that is newer than the run had its default then."""
+    stored = read_json(run / "config.json")["config"]
+    defaults = to_dict(RerankerConfig())
+    differ = [
+        f"{part}.{name}"
+        for part, settings in recipe.items()
+        if isinstance(settings, Mapping)
+        for name, value in settings.items()
+        if json.dumps(stored.get(part, {}).get(name, defaults.get(part, {}).get(name))) != json.dumps(value)
+    ]
+    if differ:
+        raise UserError(
+            f"{run} was trained with other settings than its collection and variant have now "
+            f"({', '.join(differ)}): delete it or move it away."
+        )
 
 
 def training_pairs(config: RerankerConfig, prepared: Prepared) -> Iterator[tuple[str, str, float]]:
@@ -509,6 +535,7 @@ def finished(root: Path, collection: str, options: argparse.Namespace) -> dict[G
             job = Job(name, variant, seed, rate, options.steps, options.train_queries, options.data_dir)
             wanted = options.variant is None or variant in options.variant
             if wanted and variant in VARIANTS and job.name == file.parent.name:
+                check_recipe(file.parent, job.recipe)
                 groups.setdefault((name, variant, rate), []).append(file.parent)
     order = [*VARIANTS]
     return dict(sorted(groups.items(), key=lambda item: (item[0][0], order.index(item[0][1]), item[0][2])))

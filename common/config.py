@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
 import itertools
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated, Any, Literal, TypeVar
+from types import ModuleType, NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from common.errors import UserError
 
@@ -42,8 +44,9 @@ class ModelConfig:
     projector: Literal["cartesian", "polar"] = "cartesian"
     complex_width: int | None = None
     """Complex amplitudes C; the encoder's width when absent."""
-    passage_segment: Literal[0, 1] = 0
-    """Segment id of the passage; 0 is the retriever's own habit and the portable form."""
+    passage_segment: Literal[0, 1] | None = None
+    """Segment id of the passage. When absent, what an existing cross-encoder's tokenizer says, and 0 for
+    other bases: the retriever's own habit and the portable form."""
     use_lora: bool = False
     lora: LoraConfig = LoraConfig()
 
@@ -170,6 +173,8 @@ class RerankerConfig:
 
     def validate(self) -> RerankerConfig:
         """Return self, or raise a UserError that lists every field out of range."""
+        if misfits := list(_misfits(self)):
+            raise UserError("setting of the wrong kind: " + "; ".join(misfits))
         q, d, t, e = self.quantum, self.data, self.train, self.evaluation
         width = self.model.complex_width
         checks = [
@@ -248,6 +253,49 @@ class RunOptions:
     """Put the untrained start into that table too."""
 
 
+def _misfits(config: Any, prefix: str = "") -> Iterator[str]:
+    """What is wrong with the types and choices of a config's fields: a recipe is code that nothing checks."""
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            yield from _misfits(value, name + ".")
+        elif not _fits(value, hints[field.name]):
+            choices = [repr(choice) for hint in _alternatives(hints[field.name]) for choice in _choices(hint)]
+            near = difflib.get_close_matches(repr(value), choices, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            yield f"{name} is {value!r}; allowed: {_in_words(hints[field.name])}{hint}"
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if len(_alternatives(hint)) > 1:
+        return any(_fits(value, part) for part in _alternatives(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint) and not isinstance(value, bool)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+def _in_words(hint: Any) -> str:
+    if get_origin(hint) is tuple:
+        return f"several of {_in_words(get_args(hint)[0])}"
+    words = {int: "a whole number", float: "a number", str: "text", bool: "True or False", NoneType: "None"}
+    return " or ".join(
+        ", ".join(map(repr, _choices(part))) or words.get(part, str(part)) for part in _alternatives(hint)
+    )
+
+
 def _increasing(values: Sequence[int]) -> bool:
     return bool(values) and values[0] >= 8 and all(a < b for a, b in itertools.pairwise(values))
 
@@ -267,7 +315,24 @@ def load_recipe(path: str, preset: str | None = None) -> RerankerConfig:
         raise UserError(
             f"{path} has no preset {preset!r}; it has: {', '.join(sorted(presets)) or 'none'}.{hint}"
         )
-    return module.get_config(preset) if presets else module.get_config()
+    with _explained(file):
+        return module.get_config(preset) if presets else module.get_config()
+
+
+@contextlib.contextmanager
+def _explained(file: Path) -> Iterator[None]:
+    """Turn what is wrong with a recipe's code into a UserError; an unknown setting gets the nearest one."""
+    try:
+        yield
+    except (SyntaxError, ImportError, NameError, TypeError, AttributeError) as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        known = sorted(_field_names(RerankerConfig))
+        ends = {name.rsplit(".", 1)[-1]: name for name in known}
+        near = difflib.get_close_matches(unknown[1], ends, n=1) if unknown else []
+        hint = f"; did you mean {ends[near[0]]}?" if near else ""
+        raise UserError(
+            f"{file}: the recipe cannot be read ({type(error).__name__}: {error}){hint}"
+        ) from error
 
 
 def _recipe_module(file: Path) -> ModuleType:
@@ -275,10 +340,8 @@ def _recipe_module(file: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise UserError(f"{file}: a recipe is a Python file (.py) with a function get_config()")
     module = importlib.util.module_from_spec(spec)
-    try:
+    with _explained(file):
         spec.loader.exec_module(module)
-    except (SyntaxError, ImportError, NameError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: the recipe cannot be read ({type(error).__name__}: {error})") from error
     if not hasattr(module, "get_config"):
         raise UserError(f"{file}: has no get_config(); a recipe returns its settings from this function")
     return module

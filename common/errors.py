@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
 from collections.abc import Callable
+
+LESS_MEMORY = "lower data.max_passage_tokens or evaluation.depth, or use fewer passages or a smaller model."
 
 
 class UserError(Exception):
@@ -19,10 +22,18 @@ def listed(problems: list[str], limit: int = 20) -> str:
     return shown + (f"\n  ... and {more} more" if more > 0 else "")
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the host or on a device."""
+    if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
+        return "RESOURCE_EXHAUSTED" in str(error) or "ut of memory" in str(error)
+    return isinstance(error, MemoryError)
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit: 0 or its code, 2 after a UserError, 130 after Ctrl-C.
 
-    A reader that closes the pipe early (`| head`) ends the command without a word.
+    A full disk and memory that ran out are a UserError's too. A reader that closes the pipe early (`| head`)
+    ends the command without a word.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log file shows what a terminal would, when it would
@@ -38,4 +49,14 @@ def run_command(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
         raise SystemExit(0) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error}. Free some space; the same command then goes on.", file=sys.stderr)
+        raise SystemExit(2) from error
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        print(f"error: out of memory; {LESS_MEMORY} ({str(error)[:200] or 'host memory'})", file=sys.stderr)
+        raise SystemExit(2) from error
     raise SystemExit(code or 0)

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from common.backends import Encoder
-from common.cache import cache_key
 from common.config import DataConfig, RerankerConfig
 from common.data import lists
 from common.data.pipeline import Embed, ListPlan
@@ -66,12 +65,18 @@ def candidates(
     return first_stages(data, queries, encoder, max(depth, CANDIDATE_DEPTH), cache, which)
 
 
-def prepare(config: RerankerConfig, encoder: Encoder, *, say: Callable[[str], None] = print) -> Prepared:
-    """Data, dev candidates and training lists of a recipe; says sizes and what was dropped.
+def prepare(
+    config: RerankerConfig,
+    encoder: Encoder,
+    data: RankingData | None = None,
+    *,
+    say: Callable[[str], None] = print,
+) -> Prepared:
+    """Data (unless it is loaded already), dev candidates and training lists; says sizes and what was dropped.
 
     Raises UserError for everything wrong with the data.
     """
-    data = load_data(config.data)
+    data = data or load_data(config.data)
     judged = config.evaluation.candidates == "judged"
     directory, dropped = _write_training(config, data, encoder)
     training = lists.read_lists(directory)
@@ -129,18 +134,8 @@ def _known_vectors(data: RankingData, encoder: Encoder) -> Embed:
 def _write_training(
     config: RerankerConfig, data: RankingData, encoder: Encoder
 ) -> tuple[Path, dict[str, int]]:
-    """The folder of the training lists, written anew, and how many queries were dropped for what reason."""
+    """The folder of the training lists, and how many queries were dropped for what reason."""
     settings = config.data
-    key = cache_key(
-        data.fingerprint,
-        encoder.identity,
-        [settings.train_split, settings.negatives, settings.negative_pool],
-        settings.related_threshold if pairs_queries(config) else None,
-        [
-            settings.max_samples,
-            config.train.seed if settings.max_samples or settings.negatives == "random" else 0,
-        ],
-    )
     run = _negatives(config, data, encoder)
     related = _related(config, data, encoder)
     made, dropped = lists.build_lists(
@@ -152,7 +147,7 @@ def _write_training(
         settings.max_samples,
         config.train.seed,
     )
-    return lists.write_lists(made, cache_root() / "lists", key), dropped
+    return lists.write_lists(made, cache_root() / "lists"), dropped
 
 
 def _negatives(config: RerankerConfig, data: RankingData, encoder: Encoder) -> Run:

@@ -176,16 +176,19 @@ def read_metrics(directory: str | Path) -> list[Metrics]:
     return metrics
 
 
-def finished_results(root: str | Path, name: str, config: Mapping[str, Any]) -> dict[str, Any] | None:
+def finished_results(
+    root: str | Path, name: str, config: Mapping[str, Any], data_fingerprint: str | None
+) -> dict[str, Any] | None:
     """results.json of a run that has ended and been evaluated, else None.
 
-    UserError when the run has other settings than `config`.
+    UserError when the run has other settings than `config`, or was trained on other data.
     """
     path = Path(root) / _checked(name)
     if not (path / RESULTS_FILE).exists():
         return None
     before = read_json(path / "config.json")
-    _same_run(before, {"config": json.loads(to_json(config))}, path)
+    now = {"config": json.loads(to_json(config)), "data_fingerprint": data_fingerprint}
+    _same_run(before, now, path)
     return read_json(path / RESULTS_FILE)
 
 
@@ -255,8 +258,8 @@ def _checked(name: str) -> str:
 
 
 def _clear(path: Path) -> None:
-    """Delete an earlier run, except for the lock that is held."""
-    for item in path.iterdir():
+    """Delete an earlier run, except for the lock that is held; config.json, which marks it as one, last."""
+    for item in sorted(path.iterdir(), key=lambda item: item.name == "config.json"):
         if item.is_dir() and not item.is_symlink():
             shutil.rmtree(item)
         elif item.name != ".lock":

@@ -86,11 +86,6 @@ class PairTokenizer:
         self.pad_id = self._find_pad_id()
 
     @property
-    def vocab_size(self) -> int:
-        """Number of ids, added tokens included; a model's embedding needs at least this many rows."""
-        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
-
-    @property
     def max_pair_length(self) -> int:
         """Longest pair that can come out, special tokens included."""
         return (
@@ -104,6 +99,14 @@ class PairTokenizer:
             f"truncated: {self.truncation.query_share:.1%} of queries (over {self.max_query_tokens} tokens), "
             f"{self.truncation.passage_share:.1%} of passages (over {self.max_passage_tokens})"
         )
+
+    @property
+    def own_passage_segment(self) -> int:
+        """Segment id of a pair's second text, as the directory's own template and settings have it."""
+        if "token_type_ids" not in self._settings.get("model_input_names", ["token_type_ids"]):
+            return 0
+        probe = self._tokenizer.encode("a", "a")
+        return max(type_id for type_id, side in zip(probe.type_ids, probe.sequence_ids, strict=True) if side)
 
     def query_ids(self, queries: Sequence[str]) -> tuple[list[Ids], np.ndarray]:
         """Query sides of pairs, special tokens included, and bool [N]: which queries were truncated."""

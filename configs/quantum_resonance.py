@@ -53,8 +53,7 @@ def fine_tuning() -> RerankerConfig:
     """Fine-tuning: an existing cross-encoder (--model.base NAME or DIRECTORY) begins exactly as it was."""
     return RerankerConfig(
         name="quantum_resonance_fine_tuning",
-        # this family was trained with segment 1 for the passage; directories that we wrote say their own
-        model=ModelConfig(base="cross-encoder/ms-marco-MiniLM-L-6-v2", passage_segment=1),
+        model=ModelConfig(base="cross-encoder/ms-marco-MiniLM-L-6-v2"),
         quantum=QuantumConfig(mode="resonance"),
         train=TrainConfig(learning_rate=1e-5),
     )

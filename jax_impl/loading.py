@@ -29,6 +29,7 @@ from common.checkpoint import (
 )
 from common.config import ModelConfig
 from common.errors import UserError
+from common.text import PairTokenizer
 from jax_impl.models.bert import BertConfig
 from jax_impl.models.bi_encoder import BiEncoder
 from jax_impl.models.cross_encoder import CrossEncoder
@@ -70,7 +71,9 @@ def load_cross_encoder(
     config, tensors = keymap.as_bert(config, read_tensors(directory), where=directory)
     rates = {"hidden_dropout_prob": dropout[0], "attention_probs_dropout_prob": dropout[1]}
     start = "resumed" if ours else choose_start(directory, config, tensors, model.start)
-    settings = dict(config.get("resonance", {})) if ours else _settings(config, model)
+    settings = dict(config.get("resonance", {})) if ours else _settings(directory, config, model, start)
+    if ours:
+        _check_unchanged(settings, model, directory)
     rngs = nnx.Rngs(seed)
     encoder = _build(directory, config | rates, settings, dtype, rngs)
     _fill_encoder(encoder, tensors, directory, strict=ours)
@@ -190,12 +193,33 @@ def model_tensors(model: nnx.Module) -> Arrays:
     return tensors
 
 
-def _settings(config: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
+def _settings(directory: Path, config: Mapping[str, Any], model: ModelConfig, start: str) -> dict[str, Any]:
+    if model.passage_segment is not None:
+        segment: int = model.passage_segment
+    else:  # a cross-encoder begins as it was
+        segment = PairTokenizer(directory).own_passage_segment if start == "cross_encoder" else 0
     return {
         "state_size": model.complex_width or int(config["hidden_size"]),
         "parameterisation": model.projector,
-        "passage_segment": model.passage_segment,
+        "passage_segment": min(segment, int(config.get("type_vocab_size", 2)) - 1),
     }
+
+
+def _check_unchanged(settings: Mapping[str, Any], model: ModelConfig, directory: Path) -> None:
+    """Refuse a recipe that asks of a directory that we wrote another head than it has."""
+    default = ModelConfig()
+    wanted = {
+        "model.complex_width": (model.complex_width, default.complex_width, "state_size"),
+        "model.projector": (model.projector, default.projector, "parameterisation"),
+        "model.passage_segment": (model.passage_segment, default.passage_segment, "passage_segment"),
+    }
+    differ = [
+        f"{name} is {value!r}, the checkpoint has {settings.get(key)!r}"
+        for name, (value, usual, key) in wanted.items()
+        if value not in (usual, settings.get(key))
+    ]
+    if differ:
+        raise UserError(f"{directory} was written by a run and keeps its head: {'; '.join(differ)}.")
 
 
 def _bert_config(config: Mapping[str, Any], directory: Path) -> BertConfig:

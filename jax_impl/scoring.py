@@ -34,14 +34,18 @@ def default_dtype(precision: str = "auto") -> jnp.dtype:
     return jnp.dtype(precision)
 
 
-def batches_by_length(encodeds: Sequence[Encoded]) -> Iterator[tuple[np.ndarray, int, int]]:
+def batches_by_length(
+    encodeds: Sequence[Encoded], limit: int | None = None
+) -> Iterator[tuple[np.ndarray, int, int]]:
     """(indices, rows, length) of batches: longest first, a fixed number of rows for each length.
 
-    The last batch, often a small one, is padded to a power of two instead.
+    The last batch, often a small one, is padded to a power of two instead. `limit` is the number of positions
+    that the model has.
     """
     budget = TOKENS_PER_BATCH.get(jax.default_backend(), TOKENS_PER_BATCH["gpu"])
     sizes = np.asarray([len(encoded.ids) for encoded in encodeds], int)
-    padded = np.asarray([next((n for n in LENGTHS if n >= size), size) for size in sizes], int)
+    lengths = LENGTHS if limit is None else (*(n for n in LENGTHS if n < limit), limit)
+    padded = np.asarray([next((n for n in lengths if n >= size), size) for size in sizes], int)
     order = np.argsort(-padded, kind="stable")
     start = 0
     while start < len(order):
@@ -57,6 +61,8 @@ def run_batched(
     pad: Callable[[Sequence[Encoded], int], tuple[np.ndarray, np.ndarray]],
     call: Callable[[jax.Array, jax.Array], Any],
     on_batch: Callable[[int], None] | None = None,
+    *,
+    limit: int | None = None,
 ) -> list[np.ndarray]:
     """Apply `call` (arrays or a tuple of arrays, rows first) to all texts and return its outputs in order.
 
@@ -74,7 +80,7 @@ def run_batched(
         if on_batch is not None:
             on_batch(len(indices))
 
-    for indices, rows, length in batches_by_length(encodeds):
+    for indices, rows, length in batches_by_length(encodeds, limit):
         ids, sides = pad([encodeds[i] for i in indices], length)
         missing = ((0, rows - len(indices)), (0, 0))
         result = call(jnp.asarray(np.pad(ids, missing)), jnp.asarray(np.pad(sides, missing)))
@@ -95,7 +101,8 @@ class JaxEncoder:
         dtype = default_dtype()
         model = load_bi_encoder(directory, dtype=dtype)
         self.tokenizer = PairTokenizer(directory)
-        self.max_tokens = min(max_tokens or _max_tokens(directory), model.bert.config.max_position_embeddings)
+        self._positions = model.bert.config.max_position_embeddings
+        self.max_tokens = min(max_tokens or _max_tokens(directory), self._positions)
         self.dim = model.bert.config.hidden_size
         self.identity = checkpoint_identity(directory, self.max_tokens, str(dtype))
         graphdef, state = nnx.split(model)
@@ -106,7 +113,7 @@ class JaxEncoder:
         if not texts:
             return np.zeros((0, self.dim), np.float32)
         encodeds = self.tokenizer.encode_texts(texts, self.max_tokens)
-        return run_batched(encodeds, self.tokenizer.pad, self._call)[0]
+        return run_batched(encodeds, self.tokenizer.pad, self._call, limit=self._positions)[0]
 
 
 class JaxScorer:
@@ -123,6 +130,7 @@ class JaxScorer:
     ) -> None:
         self.name, self.identity = name, identity
         self.fusion_weight, self.tokenizer = fusion_weight, tokenizer
+        self._positions = model.bert.config.max_position_embeddings
         self._graphdef, self._state = nnx.split(model)
         self._call = jax.jit(functools.partial(_score, self._graphdef))
 
@@ -145,7 +153,7 @@ class JaxScorer:
         if not encodeds:
             return Scores(*(np.zeros(0, np.float32) for _ in range(5)))
         call = functools.partial(self._call, self._state)
-        return Scores(*run_batched(encodeds, self.tokenizer.pad, call, on_batch))
+        return Scores(*run_batched(encodeds, self.tokenizer.pad, call, on_batch, limit=self._positions))
 
     def set_state(self, state: Any) -> None:
         """Score with other parameters of the same model."""

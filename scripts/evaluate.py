@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.split,
         stages,
         scorers,
-        depth=args.depth,
+        depth=max(map(len, stages[pools[0]].values()), default=1) if args.judged else args.depth,
         pools=pools,
         cache_dir=cache,
         metrics=args.metrics,

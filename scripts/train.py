@@ -16,14 +16,18 @@ from common.config import RerankerConfig, parse_command, to_dict
 from common.errors import run_command
 from common.evaluation import evaluate_recipe
 from common.hub import resolve_model
-from common.prepare import prepare
+from common.prepare import load_data, prepare
 from common.report import tables_text, write_report
 from common.runs import RESULTS_FILE, RunFolder, environment, environment_line, finished_results
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     config, options = parse_command(__doc__ or "", argv)
-    finished = None if options.fresh else finished_results(options.runs, config.name, to_dict(config))
+    data = load_data(config.data)
+    recipe = to_dict(config)
+    finished = (
+        None if options.fresh else finished_results(options.runs, config.name, recipe, data.fingerprint)
+    )
     if finished is not None:
         print(tables_text(finished["tables"]))
         print(f"{options.runs / config.name} is finished; --fresh starts it over, --name begins another.")
@@ -31,14 +35,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     resolve_model(config.model.base, say=lambda _: None)  # a wrong name fails before any work
     encoder = load_encoder(config.data.encoder, options.backend)
-    prepared = prepare(config, encoder)
+    prepared = prepare(config, encoder, data)
     if options.evaluate_test:
         prepared.data.split(config.data.test_split)  # a wrong name fails before training
     print(environment_line(environment()))
     with RunFolder.create(
         options.runs,
         config.name,
-        to_dict(config),
+        recipe,
         resume=not options.fresh,
         data_fingerprint=prepared.data.fingerprint,
     ) as folder:

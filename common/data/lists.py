@@ -6,8 +6,9 @@ Written by a TFDS builder and read by random access, both without TensorFlow.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
-import re
+import os
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -114,21 +115,33 @@ def related_queries(
     return related
 
 
-def write_lists(lists: Sequence[TrainingList], directory: str | Path, name: str) -> Path:
-    """Write `<directory>/training_lists/<name>/<version>/` and return it; an older one is replaced whole."""
+def write_lists(lists: Sequence[TrainingList], directory: str | Path) -> Path:
+    """Write the lists to a folder of `directory` named by their content, and return it.
+
+    The same lists are written once; several processes may write at the same time.
+    """
     import tensorflow_datasets as tfds
 
-    config = tfds.core.BuilderConfig(name=re.sub(r"[^\w.-]+", "_", name))
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    place = directory / hashlib.sha256("".join(map(repr, lists)).encode()).hexdigest()[:16]
+    if place.exists():
+        return place
     mode = tfds.download.DownloadConfig(download_mode=tfds.GenerateMode.REUSE_CACHE_IF_EXISTS)
     # TFDS narrates downloads that there are none of; the caller says what was written.
     with (
-        tempfile.TemporaryDirectory() as downloads,
+        tempfile.TemporaryDirectory(dir=directory) as made,
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):
-        builder = _builder_class()(lists, data_dir=str(directory), config=config, file_format="array_record")
-        builder.download_and_prepare(download_dir=downloads, download_config=mode)
-    return Path(builder.data_dir)
+        builder = _builder_class()(lists, data_dir=made, file_format="array_record")
+        builder.download_and_prepare(download_dir=str(Path(made) / "downloads"), download_config=mode)
+        try:
+            os.rename(builder.data_dir, place)
+        except OSError:
+            if not place.exists():  # by another process in the meantime
+                raise
+    return place
 
 
 class StoredLists:
@@ -173,8 +186,8 @@ def read_lists(directory: str | Path) -> StoredLists:
 
 def _unreadable(directory: Path, what: str) -> UserError:
     return UserError(
-        f"{directory}: the training lists cannot be read ({what}); write them again with "
-        "`python scripts/prepare_data.py` and the same settings"
+        f"{directory}: the training lists cannot be read ({what}); delete this folder, and the same command "
+        "writes them again"
     )
 
 

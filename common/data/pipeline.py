@@ -138,11 +138,6 @@ class ListPlan:
             self._epoch = (epoch, self._plan_epoch(epoch))
         return self._assemble(self._epoch[1][position])
 
-    def token_share(self, epoch: int = 0) -> float:
-        """Real tokens / padded tokens over an epoch, in (0, 1]."""
-        batches = [self.batch(epoch * len(self) + i) for i in range(len(self))]
-        return sum(int((b.sides > 0).sum()) for b in batches) / sum(b.sides.size for b in batches)
-
     def loader(self, steps: int) -> Any:
         """A grain iterator over the first `steps` batches of the run, with get_state() and set_state()."""
         import grain

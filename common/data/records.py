@@ -68,7 +68,7 @@ class RankingData:
         if problems:
             raise UserError(
                 f"{self.name}: {len(problems)} problem(s):\n{listed(problems)}\n"
-                "Mend the files, or leave the rows out with --data.on-bad-row skip (on_bad_row=skip)."
+                "Mend the files; rows that name what is unknown can be left out with on-bad-row skip."
             )
         return self
 
@@ -101,7 +101,7 @@ class BadRows:
         if self.problems and not self.skip:
             raise UserError(
                 f"{len(self.problems)} bad row(s):\n{listed(self.problems)}\n"
-                "Mend them, or leave them out with --data.on-bad-row skip (on_bad_row=skip)."
+                "Mend them, or leave them out with on-bad-row skip (--data.on-bad-row of a recipe)."
             )
 
 

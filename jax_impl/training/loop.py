@@ -22,7 +22,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from common.config import RerankerConfig, to_dict
 from common.data.pipeline import ListBatch
 from common.data.records import Qrels, Run
-from common.errors import UserError
+from common.errors import UserError, out_of_memory
 from common.hub import resolve_model
 from common.metrics.calibration import Confidence, confidence_features
 from common.metrics.ranking import evaluate_run, mean, ranked
@@ -97,8 +97,12 @@ class Trainer:
     def _base_encoder(self, directory: Path) -> JaxEncoder | None:
         """The base as it was, where the recipe holds the states to its own."""
         width = self.loaded.model.bert.config.hidden_size
-        wanted = self.config.quantum.alignment_weight > 0 and self.loaded.settings["state_size"] == width
-        return JaxEncoder(directory) if wanted and self.loaded.start == "sentence_encoder" else None
+        if self.loaded.start != "sentence_encoder" or not self.config.quantum.alignment_weight:
+            return None
+        if self.loaded.settings["state_size"] != width:
+            self.say(f"no alignment: model.complex_width is not the encoder's {width}")
+            return None
+        return JaxEncoder(directory)
 
     def run(self) -> dict[str, Any]:
         """Train to the end; returns the summary that training.json holds. Raises UserError (see `errors`)."""
@@ -107,7 +111,11 @@ class Trainer:
             if not notes.get("stopped"):
                 with _explained(self.config):
                     self._train(states, notes, stop)
-            return self._finish(notes)
+            stop[0] = False  # set by an early stop too
+            summary = self._finish(notes)
+            if stop[0]:
+                raise KeyboardInterrupt
+            return summary
 
     def _restore(self, states: StateFolder) -> dict[str, Any]:
         if states.latest() is None:
@@ -275,8 +283,10 @@ class Trainer:
         )
 
     def _report_start(self) -> None:
+        began = self.loaded.settings["start"]
+        start = f"a run's checkpoint that began as {began}" if self.loaded.start == "resumed" else began
         self.say(
-            f"start: {self.loaded.settings['start']}; {self.steps} steps of {self.config.train.batch_size} "
+            f"start: {start}; {self.steps} steps of {self.config.train.batch_size} "
             f"lists of {self.config.data.list_size}; "
             f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), {self.dtype}"
         )
@@ -420,12 +430,10 @@ def _explained(config: RerankerConfig) -> Iterator[None]:
     """Turn running out of memory into the settings that lower it."""
     try:
         yield
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        text = str(error)
-        if isinstance(error, jax.errors.JaxRuntimeError) and not (
-            "RESOURCE_EXHAUSTED" in text or "ut of memory" in text
-        ):
+    except Exception as error:
+        if not out_of_memory(error):
             raise
+        text = str(error)
         train, data = config.train, config.data
         raise UserError(
             f"out of memory: raise --train.micro-batches (now {train.micro_batches}), which keeps the "

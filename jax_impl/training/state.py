@@ -25,7 +25,8 @@ class StateFolder:
     def __init__(self, directory: Path) -> None:
         from orbax.checkpoint import v1 as ocp
 
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every file at WARNING
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates; what it raises is told below
+        self._failed = False
         self.directory = directory.absolute()
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
@@ -46,6 +47,7 @@ class StateFolder:
         try:
             self._checkpointer.save(step, _arrays(state), force=True, custom_metadata=notes)
         except (OSError, ValueError) as error:
+            self._failed = True
             raise UserError(
                 f"{self.directory}: the training state of step {step} cannot be written ({error}). Free some "
                 "space; the same command then goes on from the last whole state."
@@ -71,7 +73,11 @@ class StateFolder:
         return jax.tree.unflatten(treedef, leaves), dict(notes or {})
 
     def close(self) -> None:
-        self._checkpointer.close()
+        try:
+            self._checkpointer.close()
+        except (OSError, ValueError):
+            if not self._failed:  # else it is the error of `save` again
+                raise
 
 
 def _arrays(state: TrainState) -> dict[str, jax.Array]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from benchmarks.real_collections import VARIANTS, Cutter, Job
+from benchmarks.real_collections import VARIANTS, Cutter, Job, check_recipe
+from common.errors import UserError
 from common.hub import resolve_model
 from common.text import PairTokenizer
 
@@ -23,6 +26,19 @@ def test_a_text_cut_for_the_peer_has_exactly_the_tokens_that_ours_keeps() -> Non
         for text, a, b in zip(TEXTS, ours, theirs, strict=True):
             # a cut inside a word may leave another piece at the end, before [SEP]
             assert len(a) == len(b) and np.array_equal(a[:-2], b[:-2]), (text, limit)
+
+
+def test_a_finished_run_of_another_recipe_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    job = Job("conala", "st", 0, 1e-4, None, None, Path("data"))
+    stored = json.loads(json.dumps(job.recipe))
+    del stored["train"]["portable_rate"]  # a run from before this setting: it had its default
+    (tmp_path / "config.json").write_text(json.dumps({"config": stored}))
+    check_recipe(tmp_path, job.recipe)
+    stored["data"]["list_size"] = 3
+    stored["peer"]["learning_rate"] = 2e-5
+    (tmp_path / "config.json").write_text(json.dumps({"config": stored}))
+    with pytest.raises(UserError, match=r"data\.list_size, peer\.learning_rate"):
+        check_recipe(tmp_path, job.recipe)
 
 
 def test_different_runs_never_share_a_folder() -> None:

@@ -32,6 +32,36 @@ def test_data_is_short_for_its_name() -> None:
         assert (config.data.name, config.data.list_size) == ("a/b", 4)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("train=TrainConfig(epoch=3)", r"argument 'epoch'\); did you mean train\.epochs\?"),
+        ("traim=TrainConfig()", r"argument 'traim'"),
+        (
+            "train=TrainConfig(objective='list')",
+            r"objective is 'list'; allowed: 'quantum', 'listwise'",
+        ),
+        ("quantum=QuantumConfig(mode='entangled')", r"did you mean 'entanglement'\?"),
+        ("quantum=QuantumConfig(phase='resonnance')", r"quantum\.phase is 'resonnance'.*mean 'resonance'\?"),
+        ("train=TrainConfig(epochs='3')", r"train\.epochs is '3'; allowed: a number"),
+        ("train=TrainConfig(max_steps=2.5)", r"max_steps is 2\.5; allowed: a whole number or None"),
+        ("data=DataConfig(length_buckets=[32])", r"length_buckets is \[32\]; allowed: several of a whole"),
+        ("model=ModelConfig(use_lora=1)", r"use_lora is 1; allowed: True or False"),
+        ("model=ModelConfig(passage_segment=2)", r"passage_segment is 2; allowed: 0, 1 or None"),
+        ("evaluation=EvalConfig(first_stage='bm52')", r"first_stage is 'bm52'.*mean 'bm25'\?"),
+    ],
+)
+def test_a_recipe_with_an_unknown_key_or_choice_is_refused(
+    tmp_path: Path, settings: str, message: str
+) -> None:
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        f"from common.config import *\n\n\ndef get_config():\n    return RerankerConfig({settings})\n"
+    )
+    with pytest.raises(UserError, match=message):
+        parse_command("", ["--config", str(recipe)])
+
+
 def test_a_preset_is_the_base_of_overrides() -> None:
     config, options = parsed("--preset", "quick", "--data.max-samples", "7", "--no-evaluate-test")
     assert config.model.use_lora and config.data.max_samples == 7 and not options.evaluate_test

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,25 @@ def test_starting_over_deletes_the_old_run(tmp_path: Path) -> None:
         run.best.mkdir()
     with make(tmp_path, {"data": {"name": "other"}}, resume=False) as run:
         assert not run.resumed and not run.best.exists() and run.read_metrics() == []
+
+
+def test_a_start_over_that_was_killed_can_start_over_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make(tmp_path) as run:
+        run.write_json("a.json", {})
+        (run.path / "z.txt").write_text("")
+
+    def killed(path: Path) -> None:
+        if path.name == "z.txt":
+            raise KeyboardInterrupt
+        os.remove(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path, resume=False)
+    make(tmp_path, resume=False).close()
 
 
 def test_a_folder_with_other_files_is_never_taken(tmp_path: Path) -> None:

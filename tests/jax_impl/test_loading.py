@@ -87,21 +87,35 @@ def test_a_masked_language_model_begins_from_a_small_random_reading_of_cls(tmp_p
 
 def test_an_existing_cross_encoder_begins_as_it_was(tmp_path: Path, seed: int) -> None:
     torch = pytest.importorskip("torch", reason="the oracle needs torch: install the extra `peers`")
-    from transformers import BertForSequenceClassification
+    from transformers import AutoTokenizer, BertForSequenceClassification
 
     base = write_base(tmp_path / "base", seed=seed, head=True)
-    loaded = load_cross_encoder(base, ModelConfig())
-    assert loaded.start == "cross_encoder"
-    tokenizer = PairTokenizer(base)
-    ids, sides = tokenizer.pad(tokenizer.encode_pairs(QUERIES, PASSAGES), 24)
-    out = loaded.model(jnp.asarray(ids), jnp.asarray(sides))
-    theirs = BertForSequenceClassification.from_pretrained(base).eval()
-    with torch.no_grad():
-        logits = theirs(
-            input_ids=torch.tensor(ids, dtype=torch.long), attention_mask=torch.tensor(sides > 0).long()
-        ).logits[:, 0]
-    np.testing.assert_allclose(out.score, logits.numpy(), atol=1e-4)
-    np.testing.assert_allclose(out.portable, logits.numpy(), atol=1e-4)
+    for segment, inputs in ((1, None), (0, ["input_ids", "attention_mask"])):
+        settings = {"tokenizer_class": "BertTokenizer"} | ({"model_input_names": inputs} if inputs else {})
+        (base / "tokenizer_config.json").write_text(json.dumps(settings))
+        loaded = load_cross_encoder(base, ModelConfig())
+        assert (loaded.start, loaded.settings["passage_segment"]) == ("cross_encoder", segment)
+        scores = load_scorer(base).score(QUERIES, PASSAGES)
+        theirs = BertForSequenceClassification.from_pretrained(base).eval()
+        pairs = AutoTokenizer.from_pretrained(base)(
+            list(QUERIES), list(PASSAGES), padding=True, return_tensors="pt"
+        )
+        assert ("token_type_ids" in pairs) == bool(segment)
+        with torch.no_grad():
+            logits = theirs(**pairs).logits[:, 0]
+        np.testing.assert_allclose(scores.score, logits.numpy(), atol=1e-4)
+        np.testing.assert_allclose(scores.portable, logits.numpy(), atol=1e-4)
+
+
+def test_a_run_s_checkpoint_keeps_its_head_and_says_so(trained: Path) -> None:
+    load_cross_encoder(trained, ModelConfig(passage_segment=0))
+    for asked, message in (
+        (ModelConfig(projector="polar"), "projector is 'polar', the checkpoint has 'cartesian'"),
+        (ModelConfig(complex_width=7), "complex_width is 7, the checkpoint has 32"),
+        (ModelConfig(passage_segment=1), "passage_segment is 1, the checkpoint has 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_cross_encoder(trained, asked)
 
 
 def test_a_recipe_can_name_another_start(tmp_path: Path) -> None:

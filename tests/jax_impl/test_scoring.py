@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from common.hub import resolve_model
+from common.text import PairTokenizer
 from jax_impl import scoring
 from jax_impl.scoring import batches_by_length, load_encoder, load_scorer
-from tests.tiny import FILLER, World
+from tests.tiny import FILLER, World, write_base
 
 
 def random_texts(seed: int, count: int) -> list[str]:
@@ -67,6 +68,15 @@ def test_batches_hold_every_text_once_under_the_token_budget(world: World, seed:
     for indices, rows, length in batches:
         assert len(indices) <= rows and rows * length <= 4096
         assert max(len(encodeds[i].ids) for i in indices) <= length
+
+
+def test_a_pair_may_fill_every_position_of_the_model(tmp_path: Path, seed: int) -> None:
+    base = write_base(tmp_path / "base", max_position_embeddings=41)
+    (base / "modules.json").write_text("[]")
+    scorer = load_scorer(base)
+    scorer.tokenizer = PairTokenizer(base, 18, 20)  # with [CLS] and two [SEP]: 41, between two padded lengths
+    texts = [" ".join(FILLER[:40])] * 3
+    assert np.isfinite(scorer.score(texts, texts).score).all()
 
 
 def test_minilm_encodes_as_sentence_transformers_does() -> None:

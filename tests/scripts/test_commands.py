@@ -119,6 +119,18 @@ def test_a_finished_run_only_shows_its_result_again(project: Project) -> None:
     assert {path: path.stat().st_mtime_ns for path in project.run.rglob("*") if path.is_file()} == files
 
 
+def test_a_finished_run_of_other_data_is_refused(project: Project, tmp_path: Path) -> None:
+    changed = tmp_path / "data.jsonl"
+    changed.write_text(project.world.data.read_text().replace("positive", "positive", 1))
+    config = tmp_path / "recipe.py"
+    config.write_text(project.recipe.read_text().replace(str(project.world.data), str(changed)))
+    other = replace(project, recipe=config, runs=tmp_path / "runs")
+    other.train()
+    changed.write_text(changed.read_text().replace(FILLER[0], FILLER[1]))
+    with pytest.raises(UserError, match=r"data_fingerprint: '\w+' before, '\w+' now"):
+        other.train()
+
+
 def test_other_settings_under_the_name_of_a_finished_run_are_refused(project: Project) -> None:
     with pytest.raises(UserError, match=r"train\.seed: 0 before, 1 now"):
         project.train("--train.seed", 1)
@@ -166,9 +178,22 @@ def test_json_alone_goes_to_standard_output(project: Project) -> None:
     assert (stored["queries"], stored["split"], len(stored["rows"])) == (3, "dev", 3)
 
 
-def test_judged_candidates_are_exactly_the_judged(project: Project) -> None:
+def test_judged_candidates_are_exactly_the_judged(project: Project, tmp_path: Path) -> None:
     stored = json.loads(project.evaluate("--json", "-", "--judged"))
     assert all(row["means"]["nDCG@10"] == 1.0 for row in stored["rows"])  # one judged passage a query
+    folder = tmp_path / "many"  # more judged than --depth: all of them stay
+    (folder / "qrels").mkdir(parents=True)
+    passages = [f"{word} {FILLER[0]}" for word in FILLER[:12]]
+    rows = [json.dumps({"_id": f"d{i}", "text": text}) for i, text in enumerate(passages)]
+    (folder / "corpus.jsonl").write_text("\n".join(rows))
+    (folder / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": passages[3]}))
+    judged = "".join(f"q\td{i}\t{int(i > 8)}\n" for i in range(12))
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
+    stored = json.loads(
+        run("evaluate", "--data", folder, "--encoder", project.world.base, "--judged", "--depth", 2,
+            "--metrics", "R@12", "--json", "-")
+    )  # fmt: skip
+    assert stored["rows"] and all(row["means"]["R@12"] == 1.0 for row in stored["rows"])
 
 
 def test_a_trec_run_and_official_judgements(project: Project, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,8 @@ from common.data.lists import (
 )
 from common.data.records import RankingData
 from common.errors import UserError
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -110,22 +114,42 @@ def some_lists(count: int, seed: int) -> list[TrainingList]:
     ]
 
 
-def test_a_file_gives_back_what_was_written_in_order_and_is_replaced_whole(tmp_path: Path) -> None:
+def test_a_file_gives_back_what_was_written_in_order_and_is_written_once(tmp_path: Path) -> None:
     seed = random.randrange(10**6)
     print("seed", seed)
     first, second = some_lists(60, seed), some_lists(7, seed + 1)
-    path = write_lists(first, tmp_path, "owner/set")
+    path = write_lists(first, tmp_path)
     stored = read_lists(path)
     assert (len(stored), stored[41], list(stored)) == (60, first[41], first)
-    assert write_lists(second, tmp_path, "owner/set") == path
-    assert list(read_lists(path)) == second
+    made = next(path.glob("*array_record*")).stat().st_mtime_ns
+    assert write_lists(first, tmp_path) == path
+    assert next(path.glob("*array_record*")).stat().st_mtime_ns == made
+    assert list(read_lists(write_lists(second, tmp_path))) == second
+    assert list(stored) == first and len(list(tmp_path.iterdir())) == 2  # and nothing half-made
 
 
-def test_a_missing_or_damaged_file_says_to_prepare_again(tmp_path: Path) -> None:
-    again = r"scripts/prepare_data\.py"
+def test_several_processes_may_write_the_same_lists_at_once(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from tests.common.data.test_lists import some_lists; "
+        "from common.data.lists import read_lists, write_lists; "
+        "print(len(read_lists(write_lists(some_lists(50, 1), Path(sys.argv[1])))))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    running = [
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for process in running:
+        out, err = process.communicate()
+        assert (process.returncode, out) == (0, "50\n"), err
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_missing_or_damaged_file_says_how_it_is_written_again(tmp_path: Path) -> None:
+    again = r"delete this folder, and the same command writes them again"
     with pytest.raises(UserError, match=again):
         read_lists(tmp_path / "absent")
-    path = write_lists(some_lists(60, 0), tmp_path, "set")
+    path = write_lists(some_lists(60, 0), tmp_path)
     record = next(path.glob("*array_record*"))
     whole = record.read_bytes()
     flipped = bytearray(whole)

@@ -32,8 +32,8 @@ def assert_same(a: TrainState, b: TrainState) -> None:
         assert left.dtype == right.dtype
 
 
-# Orbax leaves the other reads of a load that failed to the garbage collector, which tells of them
-failed_load = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+# Orbax leaves the rest of an operation that failed to the garbage collector, which tells of it
+failed_operation = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def test_a_state_comes_back_bit_for_bit_in_another_process_with_its_notes(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_the_last_two_are_kept_and_the_last_is_loaded(tmp_path: Path) -> None:
     assert notes == {"step": 6}
 
 
-@failed_load
+@failed_operation
 def test_the_one_before_is_whole_when_the_last_is_deleted_as_the_message_says(tmp_path: Path) -> None:
     with closing(StateFolder(tmp_path / "state")) as states:
         for step in (2, 4):
@@ -80,7 +80,31 @@ def test_the_one_before_is_whole_when_the_last_is_deleted_as_the_message_says(tm
     assert_same(loaded, make_state(2))
 
 
-@failed_load
+@failed_operation
+@failed_operation
+def test_a_disk_that_fills_up_while_saving_leaves_the_state_before(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="needs a limit on file sizes")
+    states = StateFolder(tmp_path / "state")
+    first, second = make_state(1), make_state(2)
+    states.save(first, {"best": 0.5})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
+    try:
+        with pytest.raises(UserError, match=r"state of step 2 cannot be written(?s:.*)Free some space"):
+            states.save(second, {"best": 0.6})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        states.close()
+    again = StateFolder(tmp_path / "state")
+    assert again.latest() == 1
+    loaded, notes = again.load(make_state(0))
+    again.close()
+    assert_same(loaded, first)
+    assert notes == {"best": 0.5}
+    del states, again
+    gc.collect()
+
+
 def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
     with closing(StateFolder(tmp_path / "state")) as states:
         states.save(make_state(3), {})

@@ -1,0 +1,135 @@
+"""What a run trains on: where negatives come from, which first stage, whose vectors a batch carries."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.backends import load_encoder
+from common.config import RerankerConfig
+from common.errors import UserError
+from common.metrics.ranking import evaluate_run, mean, ranked
+from common.prepare import Prepared, candidates, dev_queries, load_data, plan_batches, prepare
+from common.text import PASSAGE, QUERY, PairTokenizer
+from tests.tiny import World
+
+
+def prepared(world: World, **data: Any) -> tuple[RerankerConfig, Prepared]:
+    config = world.config()
+    config = replace(config, data=replace(config.data, **data))
+    return config, prepare(config, load_encoder(world.base), say=lambda _: None)
+
+
+@pytest.mark.parametrize("stage", ["bm25", "dense", "rrf"])
+def test_negatives_are_the_irrelevant_top_of_the_named_first_stage(world: World, stage: str) -> None:
+    config, ready = prepared(world, negatives=stage)
+    runs = candidates(ready.data, "train", load_encoder(world.base))
+    assert len(ready.training) > 40
+    for item in ready.training:
+        best = [ready.data.corpus[passage] for passage in ranked(runs[stage][item.query_id])]
+        expected = [text for text in best if text not in item.positives]
+        assert list(item.negatives) == expected[: config.data.negative_pool]
+
+
+def test_random_negatives_come_from_anywhere_and_follow_the_seed(world: World) -> None:
+    config, ready = prepared(world, negatives="random")
+    pools = [item.negatives for item in ready.training]
+    assert len({text for pool in pools for text in pool}) > 50  # of 60 passages
+    for item in ready.training:
+        assert not set(item.positives) & set(item.negatives)
+    other = replace(config, train=replace(config.train, seed=7))
+    again = prepare(other, load_encoder(world.base), say=lambda _: None)
+    assert pools != [item.negatives for item in again.training]
+
+
+def test_given_negatives_are_the_rows_own_and_rows_without_are_dropped(world: World, tmp_path: Path) -> None:
+    rows = world.data.read_text().splitlines()
+    file = tmp_path / "given.jsonl"
+    with_negative = [row[:-1] + f', "negative": ["given {n}"]}}' for n, row in enumerate(rows[:50])]
+    file.write_text("\n".join([*with_negative, *rows[50:]]))
+    _, ready = prepared(world, name=str(file), negatives="given")
+    assert all(len(item.negatives) == 1 and "given" in item.negatives[0] for item in ready.training)
+    lost = len(ready.data.split("train")) - len(ready.training)
+    assert lost == sum(ready.dropped.values()) > 0
+
+
+def test_judged_negatives_are_the_passages_judged_irrelevant(world: World, tmp_path: Path) -> None:
+    (tmp_path / "qrels").mkdir()
+    data = load_data(world.config().data)
+    ids = {passage: f"p{n}" for n, passage in enumerate(data.corpus)}
+    names = {query: f"q{n}" for n, query in enumerate(data.queries)}
+    line = '{{"_id": "{}", "text": "{}"}}\n'.format
+    (tmp_path / "corpus.jsonl").write_text("".join(line(ids[p], text) for p, text in data.corpus.items()))
+    (tmp_path / "queries.jsonl").write_text("".join(line(names[q], text) for q, text in data.queries.items()))
+    for split, qrels in data.qrels.items():
+        rows = [
+            f"{names[query]}\t{ids[passage]}\t1\n{names[query]}\tp{(int(ids[passage][1:]) + 1) % 60}\t0\n"
+            for query, grades in qrels.items()
+            for passage in grades
+        ]
+        (tmp_path / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(rows))
+    _, ready = prepared(world, name=str(tmp_path), negatives="judged")
+    assert all(len(item.negatives) == 1 for item in ready.training)
+
+
+def test_auto_takes_the_first_stage_that_ranks_dev_best(world: World) -> None:
+    config, ready = prepared(world)
+    qrels = ready.data.split("dev")
+    values = {
+        name: mean(evaluate_run(run, qrels, ("nDCG@10",))["nDCG@10"]) for name, run in ready.dev.items()
+    }
+    assert set(values) == {"bm25", "dense", "rrf"} and values[ready.first_stage] == max(values.values())
+    assert len(set(values.values())) > 1
+    worst = min(values, key=lambda name: values[name])
+    named = replace(config, evaluation=replace(config.evaluation, first_stage=worst))
+    assert prepare(named, load_encoder(world.base), say=lambda _: None).first_stage == worst
+
+
+def test_dev_queries_are_a_fixed_sample() -> None:
+    judged = {f"q{n}": {"p": 1} for n in range(50)}
+    some = dev_queries(judged, 10)
+    assert len(set(some)) == 10 and some == dev_queries(dict(reversed(judged.items())), 10)
+    assert sorted(dev_queries(judged, None)) == sorted(judged) and some != sorted(judged)[:10]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_batch_carries_the_base_s_vector_of_each_of_its_texts(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cached: bool
+) -> None:
+    if not cached:  # negatives without a dense stage, in a cache of their own: no vectors lie there
+        monkeypatch.setenv("RESONANCE_CACHE", str(tmp_path))
+    config, ready = prepared(world, negatives="dense" if cached else "random")
+    if not cached:
+        for file in tmp_path.glob("passages-*"):
+            file.unlink()
+    base, tokenizer = load_encoder(world.base), PairTokenizer(world.base, 64, 24)
+    plan = plan_batches(config, ready, tokenizer, base)
+    batch = plan.batch(1)
+    data = ready.data
+    by_ids = {
+        side: {tuple(ids): text for ids, text in zip(encode(texts)[0], texts, strict=True)}
+        for side, encode, texts in (
+            (QUERY, tokenizer.query_ids, sorted(data.queries.values())),
+            (PASSAGE, tokenizer.passage_ids, sorted(data.corpus.values())),
+        )
+    }
+    seen = 0
+    for row, column in np.argwhere(batch.mask):
+        tokens, sides = batch.input_ids[row, column], batch.sides[row, column]
+        query = by_ids[QUERY][tuple(tokens[sides == QUERY])]
+        passage = by_ids[PASSAGE][tuple(tokens[sides == PASSAGE])]
+        np.testing.assert_allclose(batch.query_vectors[row], base.encode([query])[0], atol=1e-5)
+        np.testing.assert_allclose(batch.passage_vectors[row, column], base.encode([passage])[0], atol=1e-5)
+        seen += 1
+    assert seen > 10 and not batch.passage_vectors[~batch.mask].any()
+    without = plan_batches(config, ready, tokenizer).batch(1)
+    assert without.query_vectors.shape[-1] == 0
+
+
+def test_a_split_that_is_not_there_is_named(world: World) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        prepared(world, train_split="nowhere")
