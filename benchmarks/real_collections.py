@@ -59,6 +59,7 @@ class Collection:
     depth: int
     metrics: tuple[str, ...] = ("nDCG@10", "RR@10", "AP")
     trained: bool = True
+    folder: str = ""  # of the data, when it is not the collection's own name
 
 
 _SHORT = {"list_size": 6, "max_query_tokens": 48, "max_passage_tokens": 48}
@@ -68,11 +69,22 @@ COLLECTIONS = {
         "CoNaLa",
         {
             "data": {**_SHORT, "max_samples": 1200},
-            "train": {"max_steps": 150, "batch_size": 8},
+            "train": {"max_steps": 150, "batch_size": 8, "learning_rate": 1e-4},
             "evaluation": {"dev_queries": 80, "dev_depth": 15, "first_stage": "dense"},
         },
         ("dense",),
         30,
+    ),
+    "conala-small": Collection(  # for the variants: many runs
+        "CoNaLa, a third of its training",
+        {
+            "data": {**_SHORT, "list_size": 4, "max_samples": 480},
+            "train": {"max_steps": 60, "batch_size": 8, "learning_rate": 1e-4, "evaluations": 1},
+            "evaluation": {"dev_queries": 80, "dev_depth": 15, "first_stage": "dense"},
+        },
+        ("dense",),
+        15,
+        folder="conala",
     ),
     "scifact": Collection(
         "SciFact",
@@ -157,29 +169,19 @@ class Job:
         return self._config().validate()
 
     @property
-    def learning_rate(self) -> float:
-        return self.rate or (PEER_RATE if self.variant == PEER else self.config.train.learning_rate)
-
-    @property
-    def recipe(self) -> dict[str, Any]:
-        """All that the run depends on besides its data."""
-        peer = {"peer": {"learning_rate": self.learning_rate}} if self.variant == PEER else {}
-        return to_dict(self.config) | peer
-
-    @property
     def name(self) -> str:
         """The run's folder; two different runs never share it."""
         config = self.config
         queries = config.data.max_samples or "all"
         length = f"n{config.train.max_steps}" if not config.train.epochs else f"e{config.train.epochs:g}"
-        return f"{self.variant}-lr{self.learning_rate:g}-q{queries}-{length}-s{self.seed}"
+        return f"{self.variant}-lr{config.train.learning_rate:g}-q{queries}-{length}-s{self.seed}"
 
     def _config(self) -> RerankerConfig:
         config = base_config(self.collection, self.data)
         config = changed(config, VARIANTS[self.variant])
         train: dict[str, Any] = {"seed": self.seed, "checkpoint_every": 100}
-        if self.rate and self.variant != PEER:
-            train["learning_rate"] = self.rate
+        if rate := self.rate or (PEER_RATE if self.variant == PEER else None):
+            train["learning_rate"] = rate
         if self.steps:
             train |= {"max_steps": self.steps, "epochs": 0.0}
         config = changed(config, {"train": train})
@@ -194,7 +196,7 @@ def base_config(collection: str, data: Path) -> RerankerConfig:
     if collection == "pydocs":
         return load_recipe(str(ROOT / "configs" / "quantum_resonance.py"))
     common: Changes = {
-        "data": {"name": str(data / collection)},
+        "data": {"name": str(data / (settings.folder or collection))},
         "train": {"epochs": 0.0, "max_steps": 1, "learning_rate": 5e-5, "evaluations": 3},
         "evaluation": {"depth": settings.depth, "first_stage": "rrf"},
     }
@@ -214,7 +216,7 @@ def train(job: Job, root: Path, encoder: Encoder) -> None:
     """Train one run unless it is finished. Training state is dropped at the end: the runs are many."""
     path = root / job.collection / job.name
     config = job.config
-    recipe = job.recipe
+    recipe = to_dict(config)
     if (path / RESULT).exists():
         check_recipe(path, recipe)
         print(f"{path}: finished before")
@@ -225,7 +227,7 @@ def train(job: Job, root: Path, encoder: Encoder) -> None:
     started = time.monotonic()
     with folder:
         if job.variant == PEER:
-            trained = train_peer(config, prepared, folder, job.learning_rate)
+            trained = train_peer(config, prepared, folder)
         else:
             from jax_impl.training.loop import train_reranker
 
@@ -234,7 +236,7 @@ def train(job: Job, root: Path, encoder: Encoder) -> None:
             "collection": job.collection,
             "variant": job.variant,
             "seed": job.seed,
-            "learning_rate": job.learning_rate,
+            "learning_rate": config.train.learning_rate,
             "data_fingerprint": prepared.data.fingerprint,
             "seconds": round(time.monotonic() - started, 1),
             "resumed": folder.resumed,
@@ -286,7 +288,7 @@ def training_pairs(config: RerankerConfig, prepared: Prepared) -> Iterator[tuple
             yield queries[query], passages[tuple(tokens[sides == PASSAGE])], label
 
 
-def train_peer(config: RerankerConfig, prepared: Prepared, folder: RunFolder, rate: float) -> dict[str, Any]:
+def train_peer(config: RerankerConfig, prepared: Prepared, folder: RunFolder) -> dict[str, Any]:
     """CrossEncoderTrainer with BCE and our dropout, one pass over `training_pairs`; best/ holds the best of
     as many dev evaluations as ours has. Positives weigh as much as negatives, as its examples recommend."""
     import torch
@@ -312,7 +314,7 @@ def train_peer(config: RerankerConfig, prepared: Prepared, folder: RunFolder, ra
         output_dir=str(folder.path / "trainer"),
         num_train_epochs=1,
         per_device_train_batch_size=PEER_BATCH,
-        learning_rate=rate,
+        learning_rate=config.train.learning_rate,
         warmup_steps=PEER_WARMUP,  # below 1: a share of the steps
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         seed=seed,
@@ -535,7 +537,7 @@ def finished(root: Path, collection: str, options: argparse.Namespace) -> dict[G
             job = Job(name, variant, seed, rate, options.steps, options.train_queries, options.data_dir)
             wanted = options.variant is None or variant in options.variant
             if wanted and variant in VARIANTS and job.name == file.parent.name:
-                check_recipe(file.parent, job.recipe)
+                check_recipe(file.parent, to_dict(job.config))
                 groups.setdefault((name, variant, rate), []).append(file.parent)
     order = [*VARIANTS]
     return dict(sorted(groups.items(), key=lambda item: (item[0][0], order.index(item[0][1]), item[0][2])))
@@ -559,7 +561,7 @@ def measure(
         judged = config.evaluation.candidates == "judged"
         stages = candidates(data, config.data.test_split, load_encoder("default"), judged)
     else:
-        folder = options.data_dir / collection
+        folder = options.data_dir / (settings.folder or collection)
         stages = {"bm25": read_trec_run(folder / "runs" / "bm25.top100.trec.gz")}
         qrels = read_tsv_qrels(folder / "qrels_full.tsv")
     qrels = {query: qrels[query] for query in sorted(qrels)[: options.max_test_queries]}
@@ -803,8 +805,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse()
     for name in options.collection:
-        if name != "pydocs" and not (options.data_dir / name).is_dir():
-            raise UserError(f"no folder {options.data_dir / name}; give --data-dir or set RESONANCE_DATA")
+        folder = options.data_dir / (COLLECTIONS[name].folder or name)
+        if name != "pydocs" and not folder.is_dir():
+            raise UserError(f"no folder {folder}; give --data-dir or set RESONANCE_DATA")
         if options.command == "train" and not COLLECTIONS[name].trained:
             raise UserError(f"{name} is for evaluation only: nothing is trained on it")
     if options.command == "table":

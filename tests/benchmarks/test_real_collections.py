@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.real_collections import VARIANTS, Cutter, Job, check_recipe
+from common.config import to_dict
 from common.errors import UserError
 from common.hub import resolve_model
 from common.text import PairTokenizer
@@ -29,21 +30,21 @@ def test_a_text_cut_for_the_peer_has_exactly_the_tokens_that_ours_keeps() -> Non
 
 
 def test_a_finished_run_of_another_recipe_is_not_taken_for_this_one(tmp_path: Path) -> None:
-    job = Job("conala", "st", 0, 1e-4, None, None, Path("data"))
-    stored = json.loads(json.dumps(job.recipe))
+    recipe = to_dict(Job("conala", "st", 0, 1e-4, None, None, Path("data")).config)
+    stored = json.loads(json.dumps(recipe))
     del stored["train"]["portable_rate"]  # a run from before this setting: it had its default
     (tmp_path / "config.json").write_text(json.dumps({"config": stored}))
-    check_recipe(tmp_path, job.recipe)
+    check_recipe(tmp_path, recipe)
     stored["data"]["list_size"] = 3
-    stored["peer"]["learning_rate"] = 2e-5
+    stored["train"]["learning_rate"] = 2e-5
     (tmp_path / "config.json").write_text(json.dumps({"config": stored}))
-    with pytest.raises(UserError, match=r"data\.list_size, peer\.learning_rate"):
-        check_recipe(tmp_path, job.recipe)
+    with pytest.raises(UserError, match=r"data\.list_size, train\.learning_rate"):
+        check_recipe(tmp_path, recipe)
 
 
 def test_different_runs_never_share_a_folder() -> None:
     first = Job("conala", "listwise", 0, None, None, None, Path("data"))
     others = [{"variant": name} for name in VARIANTS if name != "listwise"]
-    others += [{"seed": 1}, {"rate": 1e-4}, {"steps": 7}, {"queries": 9}]
+    others += [{"seed": 1}, {"rate": 3e-4}, {"steps": 7}, {"queries": 9}]
     names = [first.name, *(dataclasses.replace(first, **other).name for other in others)]
     assert len(set(names)) == len(names)
