@@ -19,7 +19,7 @@ from common.errors import UserError
 Start = Literal["auto", "sentence_encoder", "cross_encoder", "masked_lm"]
 Mode = Literal["superposition", "resonance", "entanglement"]
 PhaseName = Literal["superposition", "collapse", "resonance", "auto"]
-Objective = Literal["quantum", "listwise", "bce"]
+Objective = Literal["quantum", "listwise", "bce", "ranknet", "lambda", "listnet", "plistmle"]
 FirstStage = Literal["bm25", "dense", "rrf"]
 Options = TypeVar("Options")
 

@@ -7,6 +7,7 @@ Twins: {jax_impl,mlx_impl}/losses/{ranking,quantum}.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,106 @@ def _log_softmax(logits: Array) -> Array:
 
 def _entropy(log_p: Array) -> float:
     return float(-np.sum(np.exp(log_p) * log_p))
+
+
+def ranknet(scores: Array, labels: Array, mask: Mask) -> Pair:
+    """Sum over pairs of a list with y_i > y_j of -log sigmoid(s_i - s_j), and their number."""
+    pairs = list(_ordered_pairs(labels, mask))
+    losses = [np.logaddexp(0.0, scores[row, j] - scores[row, i]) for row, i, j in pairs]
+    return float(sum(losses)), float(len(pairs))
+
+
+def ranknet_gradient(scores: Array, labels: Array, mask: Mask) -> Array:
+    """-+sigmoid(s_j - s_i) of each pair, [B, L]."""
+    return _pair_gradient(scores, {pair: 1.0 for pair in _ordered_pairs(labels, mask)})
+
+
+def lambda_loss(scores: Array, labels: Array, mask: Mask) -> Pair:
+    """RankNet's pairs weighted by the NDCG that swapping the two changes; and the lists with a positive."""
+    weights = _swaps(scores, labels, mask)
+    losses = [
+        weight * np.logaddexp(0.0, scores[row, j] - scores[row, i]) for (row, i, j), weight in weights.items()
+    ]
+    return float(sum(losses)), float(len(_list_rows(scores, labels, mask)[0]))
+
+
+def lambda_loss_gradient(scores: Array, labels: Array, mask: Mask) -> Array:
+    """That of RankNet's pairs times their weights, which have none, [B, L]."""
+    return _pair_gradient(scores, _swaps(scores, labels, mask))
+
+
+def listnet(scores: Array, labels: Array, mask: Mask) -> Pair:
+    """Sum over lists of -sum_j softmax(y)_j log softmax(s)_j, and their number."""
+    total, rows = 0.0, _list_rows(scores, labels, mask)
+    for row, real in zip(*rows, strict=True):
+        total -= float(np.exp(_log_softmax(labels[row, real])) @ _log_softmax(scores[row, real]))
+    return total, float(len(rows[0]))
+
+
+def listnet_gradient(scores: Array, labels: Array, mask: Mask) -> Array:
+    """softmax(s) - softmax(y), [B, L]."""
+    gradient = np.zeros(scores.shape)
+    for row, real in zip(*_list_rows(scores, labels, mask), strict=True):
+        gradient[row, real] = np.exp(_log_softmax(scores[row, real])) - np.exp(
+            _log_softmax(labels[row, real])
+        )
+    return gradient
+
+
+def plistmle(scores: Array, labels: Array, mask: Mask) -> Pair:
+    """Sum over lists of -sum_i w_i log P(i-th best | from i on), w_i = 2^(n - i) - 1 over their sum."""
+    total, rows = 0.0, _list_rows(scores, labels, mask)
+    for row, real in zip(*rows, strict=True):
+        order = real[np.argsort(-labels[row, real], kind="stable")]
+        for place, weight in enumerate(_position_weights(len(order))):
+            total -= weight * _log_softmax(scores[row, order[place:]])[0]
+    return float(total), float(len(rows[0]))
+
+
+def plistmle_gradient(scores: Array, labels: Array, mask: Mask) -> Array:
+    """Sum over i of w_i (softmax from i on - one at i), [B, L]."""
+    gradient = np.zeros(scores.shape)
+    for row, real in zip(*_list_rows(scores, labels, mask), strict=True):
+        order = real[np.argsort(-labels[row, real], kind="stable")]
+        for place, weight in enumerate(_position_weights(len(order))):
+            gradient[row, order[place:]] += weight * np.exp(_log_softmax(scores[row, order[place:]]))
+            gradient[row, order[place]] -= weight
+    return gradient
+
+
+def _position_weights(size: int) -> Array:
+    weights = 2.0 ** (size - 1 - np.arange(size)) - 1.0
+    return weights / max(1.0, weights.sum())
+
+
+def _ordered_pairs(labels: Array, mask: Mask) -> Iterator[tuple[int, int, int]]:
+    """(row, i, j) of real candidates with y_i > y_j."""
+    for row in range(len(labels)):
+        real = np.flatnonzero(mask[row]).tolist()
+        yield from ((row, i, j) for i in real for j in real if labels[row, i] > labels[row, j])
+
+
+def _swaps(scores: Array, labels: Array, mask: Mask) -> dict[tuple[int, int, int], float]:
+    """Ordered pair -> the NDCG that swapping the two changes, at the present ranks."""
+    weights = {}
+    for row, i, j in _ordered_pairs(labels, mask):
+        real = np.flatnonzero(mask[row])
+        ranked = real[np.argsort(-scores[row, real], kind="stable")]
+        discount = {candidate: 1.0 / np.log2(2.0 + place) for place, candidate in enumerate(ranked)}
+        best = np.sort(labels[row, real])[::-1]
+        ideal = best @ (1.0 / np.log2(2.0 + np.arange(len(best))))
+        gain = labels[row, i] - labels[row, j]
+        weights[row, i, j] = float(gain * abs(discount[i] - discount[j]) / ideal)
+    return weights
+
+
+def _pair_gradient(scores: Array, weights: Mapping[tuple[int, int, int], float]) -> Array:
+    gradient = np.zeros(scores.shape)
+    for (row, i, j), weight in weights.items():
+        slope = weight * np.exp(-np.logaddexp(0.0, scores[row, i] - scores[row, j]))
+        gradient[row, i] -= slope
+        gradient[row, j] += slope
+    return gradient
 
 
 def resonance_loss(

@@ -1,4 +1,4 @@
-"""Pointwise and listwise ranking losses.
+"""Pointwise, pairwise and listwise ranking losses.
 
 A loss is a pair of float32 scalars (numerator, denominator). Both are summed over devices and micro-batches,
 then divided by `ratio`. Denominators depend on the data only. Lists without a positive add 0 to both.
@@ -81,3 +81,87 @@ def listwise_cross_entropy(log_p: jax.Array, labels: jax.Array, mask: jax.Array)
     grades = jnp.where(relevant_candidates(labels, mask), labels.astype(jnp.float32), 0.0)  # [B, L]
     sums = jnp.sum(grades, axis=1, keepdims=True)  # [B, 1]
     return -jnp.sum(grades / jnp.where(sums > 0, sums, 1.0) * log_p, axis=1)
+
+
+def ranknet(scores: jax.Array, labels: jax.Array, mask: jax.Array) -> Pair:
+    """-log sigmoid(s_i - s_j) for each pair of a list with y_i > y_j (Burges et al. 2005).
+
+    scores [B, L], labels [B, L] grades >= 0, mask [B, L] bool. Gradient of a pair -+sigmoid(s_j - s_i); 0 at
+    padding and with one candidate, -+1/2 at equal scores.
+    """
+    return total(pair_losses(scores), ordered_pairs(labels, mask)), ranknet_denominator(labels, mask)
+
+
+def ranknet_denominator(labels: jax.Array, mask: jax.Array) -> jax.Array:
+    """Pairs of a list with different grades."""
+    return count(ordered_pairs(labels, mask))
+
+
+def lambda_loss(scores: jax.Array, labels: jax.Array, mask: jax.Array) -> Pair:
+    """RankNet's loss of each pair times the NDCG that swapping the two would change, summed over a list.
+
+    |y_i - y_j| |1/log2(1 + rank_i) - 1/log2(1 + rank_j)| / ideal DCG, ranks by the present scores, without a
+    gradient; gains are the grades, as in our nDCG (Burges 2010, LambdaRank; Wang et al. 2018, LambdaLoss).
+    scores [B, L], labels [B, L], mask [B, L] bool. Gradient 0 at padding and with one candidate; at equal
+    scores candidates rank in their order.
+    """
+    grades = jnp.where(mask, labels.astype(jnp.float32), 0.0)  # [B, L]
+    discounts = jnp.where(mask, 1.0 / jnp.log2(1.0 + ranks(scores, mask)), 0.0)  # [B, L]
+    places = jnp.arange(1.0, labels.shape[1] + 1.0)
+    ideal = jnp.sum(-jnp.sort(-grades, axis=1) / jnp.log2(1.0 + places), axis=1)  # [B]
+    change = jnp.abs(differences(grades)) * jnp.abs(differences(discounts))  # [B, L, L]
+    weights = change / jnp.where(ideal > 0, ideal, 1.0)[:, None, None]
+    loss = weights * pair_losses(scores)
+    return total(loss, ordered_pairs(labels, mask)), listwise_denominator(labels, mask)
+
+
+def listnet(scores: jax.Array, labels: jax.Array, mask: jax.Array) -> Pair:
+    """Cross-entropy of softmax(s) against softmax(y), the chances of being first (Cao et al. 2007).
+
+    scores [B, L], labels [B, L] grades >= 0, mask [B, L] bool. Gradient softmax(s) - softmax(y); 0 at padding
+    and with one candidate.
+    """
+    target = jnp.exp(log_probabilities(labels, mask))  # [B, L], 1 at padding
+    counted = counted_candidates(labels, mask)
+    return total(-target * log_probabilities(scores, mask), counted), listwise_denominator(labels, mask)
+
+
+def plistmle(scores: jax.Array, labels: jax.Array, mask: jax.Array) -> Pair:
+    """-sum_i w_i log P(the i-th best is chosen from the i-th on), w_i = 2^(n - i) - 1 over their sum.
+
+    The likelihood of the list in the order of its grades, ties as they stand, the upper places weighted more
+    (Lan et al. 2014, position-aware ListMLE). scores [B, L], labels [B, L] grades >= 0, mask [B, L] bool.
+    Gradient 0 at padding and with one candidate.
+    """
+    order = jnp.argsort(jnp.where(mask, -labels.astype(jnp.float32), jnp.inf), axis=1, stable=True)  # [B, L]
+    real = jnp.take_along_axis(mask, order, axis=1)
+    sorted_scores = jnp.take_along_axis(jnp.where(mask, scores.astype(jnp.float32), -1e30), order, axis=1)
+    rest = jax.lax.cumlogsumexp(sorted_scores, axis=1, reverse=True)  # [B, L] log of the sum from i on
+    left = jnp.sum(real, axis=1, keepdims=True) - 1 - jnp.arange(labels.shape[1])  # [B, L] n - i
+    weights = jnp.where(real, 2.0 ** jnp.maximum(left, 0) - 1.0, 0.0)
+    sums = jnp.sum(weights, axis=1, keepdims=True)
+    weights = weights / jnp.where(sums > 0, sums, 1.0)
+    counted = real & jnp.any(relevant_candidates(labels, mask), axis=1, keepdims=True)
+    chosen = jnp.where(real, rest - sorted_scores, 0.0)
+    return total(weights * chosen, counted), listwise_denominator(labels, mask)
+
+
+def differences(values: jax.Array) -> jax.Array:
+    """x_i - x_j, [B, L] -> [B, L, L]."""
+    return values[:, :, None] - values[:, None, :]
+
+
+def pair_losses(scores: jax.Array) -> jax.Array:
+    """-log sigmoid(s_i - s_j), [B, L] -> [B, L, L]."""
+    return jax.nn.softplus(-differences(scores.astype(jnp.float32)))
+
+
+def ordered_pairs(labels: jax.Array, mask: jax.Array) -> jax.Array:
+    """Pairs (i, j) of real candidates with y_i > y_j, bool [B, L, L]."""
+    return mask[:, :, None] & mask[:, None, :] & (differences(labels) > 0)
+
+
+def ranks(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """Places from 1 by falling score among the real candidates, ties as they stand; float32 [B, L]."""
+    order = jnp.argsort(jnp.where(mask, -scores.astype(jnp.float32), jnp.inf), axis=1, stable=True)
+    return jnp.argsort(order, axis=1).astype(jnp.float32) + 1.0

@@ -27,10 +27,14 @@ from jax_impl.losses.quantum import (
 from jax_impl.losses.ranking import (
     Pair,
     counted_candidates,
+    lambda_loss,
+    listnet,
     listwise_denominator,
     listwise_softmax,
     log_probabilities,
+    plistmle,
     pointwise_bce,
+    ranknet,
     total,
 )
 from jax_impl.models.cross_encoder import CrossEncoder, PairOutput
@@ -67,6 +71,14 @@ class TrainState(NamedTuple):
     step: jax.Array
 
 
+RANK_LOSSES: dict[str, Callable[[jax.Array, jax.Array, jax.Array], Pair]] = {
+    "bce": pointwise_bce,
+    "listwise": listwise_softmax,
+    "ranknet": ranknet,
+    "lambda": lambda_loss,
+    "listnet": listnet,
+    "plistmle": plistmle,
+}
 Terms = dict[str, Pair]
 Step = Callable[[TrainState, Batch, Moment], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -197,8 +209,6 @@ def denominators(config: RerankerConfig, micro: list[Batch]) -> dict[str, jax.Ar
 def _rank_term(
     config: RerankerConfig, scores: jax.Array, judged: tuple[jax.Array, jax.Array], moment: Moment
 ) -> Pair:
-    if config.train.objective == "bce":
-        return pointwise_bce(scores, *judged)
-    if config.train.objective == "listwise":
-        return listwise_softmax(scores, *judged)
-    return superposition_loss(scores, *judged, moment.temperature, moment.entropy_bonus)
+    if config.train.objective == "quantum":
+        return superposition_loss(scores, *judged, moment.temperature, moment.entropy_bonus)
+    return RANK_LOSSES[config.train.objective](scores, *judged)

@@ -31,6 +31,9 @@ MOMENT = Moment(1.5, 0.05, 0.5)
 KINDS = {
     "bce": {"objective": "bce"},
     "listwise": {"objective": "listwise"},
+    "ranknet": {"objective": "ranknet"},
+    "lambda": {"objective": "lambda"},
+    "plistmle": {"objective": "plistmle"},
     "superposition": {"mode": "superposition"},
     "resonance": {"mode": "resonance", "entanglement_weight": 0.0},
     "entanglement": {"mode": "entanglement"},
