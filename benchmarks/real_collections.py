@@ -223,7 +223,9 @@ def train(job: Job, root: Path, encoder: Encoder) -> None:
         return
     print(f"== {job.collection} {job.name}")
     prepared = prepare(config, encoder)
-    folder = RunFolder.create(path.parent, job.name, recipe, data_fingerprint=prepared.data.fingerprint)
+    folder = RunFolder.create(
+        path.parent, job.name, recipe, data_fingerprint=prepared.data.training_fingerprint
+    )
     started = time.monotonic()
     with folder:
         if job.variant == PEER:

@@ -19,7 +19,10 @@ from common.errors import UserError
 Start = Literal["auto", "sentence_encoder", "cross_encoder", "masked_lm"]
 Mode = Literal["superposition", "resonance", "entanglement"]
 PhaseName = Literal["superposition", "collapse", "resonance", "auto"]
-Objective = Literal["quantum", "listwise", "bce", "ranknet", "lambda", "listnet", "plistmle"]
+Objective = Literal[
+    "quantum", "listwise", "bce", "ranknet", "lambda", "listnet", "plistmle", "margin_mse", "soft_labels"
+]
+TEACHER_OBJECTIVES = ("margin_mse", "soft_labels")  # learn from a teacher's scores
 FirstStage = Literal["bm25", "dense", "rrf"]
 Options = TypeVar("Options")
 
@@ -74,6 +77,11 @@ class DataConfig:
     max_query_tokens: int = 64
     max_passage_tokens: int = 192
     # fmt: off
+    in_batch_negatives: int = 0
+    """Candidates of a list that are the best positives of other, unrelated queries of its batch."""
+    teacher: str | None = None
+    """A TREC run file with a teacher's scores of training pairs, for the objectives margin_mse and
+    soft_labels; rows with `positive_scores` and `negative_scores` bring their own."""
     length_buckets: tuple[int, ...] = (
         32, 48, 64, 96, 128, 160, 192, 208, 224, 240, 256, 288, 320, 352, 384, 448, 512,
     )
@@ -109,6 +117,8 @@ class QuantumConfig:
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     objective: Objective = "quantum"
+    teacher_temperature: float = 1.0
+    """Softens both distributions of soft_labels."""
     epochs: float = 1.0
     min_steps: int = 0
     """Goes on past `epochs` to this many steps: what a few hundred queries need."""
@@ -200,6 +210,13 @@ class RerankerConfig:
             ("data.max_query_tokens", d.max_query_tokens, d.max_query_tokens >= 1, ">= 1"),
             ("data.max_passage_tokens", d.max_passage_tokens, d.max_passage_tokens >= 1, ">= 1"),
             ("data.length_buckets", d.length_buckets, _increasing(d.length_buckets), "increasing, >= 8"),
+            (
+                "data.in_batch_negatives",
+                d.in_batch_negatives,
+                0 <= d.in_batch_negatives <= min(d.list_size - d.max_positives - 1, t.batch_size - 1),
+                "0 to list_size - max_positives - 1, below batch_size",
+            ),
+            ("train.teacher_temperature", t.teacher_temperature, t.teacher_temperature > 0, "> 0"),
             ("data.related_threshold", d.related_threshold, 0 <= d.related_threshold <= 1, "[0, 1]"),
             ("train.epochs", t.epochs, t.epochs >= 0 and (t.epochs > 0 or t.max_steps), "> 0, or max_steps"),
             ("train.min_steps", t.min_steps, t.min_steps >= 0, ">= 0"),

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from common.backends import Encoder
-from common.config import DataConfig, RerankerConfig
+from common.config import TEACHER_OBJECTIVES, DataConfig, RerankerConfig
 from common.data import lists
 from common.data.pipeline import Embed, ListPlan
 from common.data.records import Qrels, RankingData, Run, stable_id
-from common.data.sources import load_ranking_data
+from common.data.sources import load_ranking_data, read_trec_run
+from common.errors import UserError
 from common.metrics.ranking import evaluate_run, mean
 from common.retrieval.candidates import FIRST_STAGES, first_stages, judged_stages
 from common.retrieval.dense import embed, passage_vectors, vectors_file
@@ -40,8 +41,21 @@ def cache_root() -> Path:
 
 
 def load_data(config: DataConfig) -> RankingData:
-    """The recipe's ranking data, validated."""
-    return load_ranking_data(config.name, on_bad_row=config.on_bad_row)
+    """The recipe's ranking data, validated, with its teacher's scores."""
+    data = load_ranking_data(config.name, on_bad_row=config.on_bad_row)
+    if config.teacher is None:
+        return data
+    scores = {
+        query: {passage: score for passage, score in run.items() if passage in data.corpus}
+        for query, run in read_trec_run(config.teacher).items()
+        if query in data.queries
+    }
+    if not any(scores.values()):
+        raise UserError(
+            f"data.teacher {config.teacher}: scores no pair of {data.name}; its ids must be those of the "
+            "data's queries and passages"
+        )
+    return dataclasses.replace(data, teacher=scores)
 
 
 def candidates(
@@ -104,6 +118,11 @@ def plan_batches(
     With `base`, batches carry its vectors of each text alone.
     """
     train = config.train
+    if train.objective in TEACHER_OBJECTIVES and not any(item.teacher for item in prepared.training):
+        raise UserError(
+            f"train.objective {train.objective} learns from a teacher, and no training pair has its score: "
+            "name a file with --data.teacher, or give rows `positive_scores` and `negative_scores`."
+        )
     return ListPlan(
         prepared.training,
         tokenizer,

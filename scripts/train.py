@@ -25,9 +25,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, options = parse_command(__doc__ or "", argv)
     data = load_data(config.data)
     recipe = to_dict(config)
-    finished = (
-        None if options.fresh else finished_results(options.runs, config.name, recipe, data.fingerprint)
-    )
+    fingerprint = data.training_fingerprint
+    finished = None if options.fresh else finished_results(options.runs, config.name, recipe, fingerprint)
     if finished is not None:
         print(tables_text(finished["tables"]))
         print(f"{options.runs / config.name} is finished; --fresh starts it over, --name begins another.")
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.name,
         recipe,
         resume=not options.fresh,
-        data_fingerprint=prepared.data.fingerprint,
+        data_fingerprint=fingerprint,
     ) as folder:
         summary = load_trainer(options.backend)(config, prepared, folder)
         if options.evaluate_test:

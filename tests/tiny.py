@@ -162,7 +162,7 @@ def train(
         config.name,
         to_dict(config),
         resume=not fresh,
-        data_fingerprint=prepared.data.fingerprint,
+        data_fingerprint=prepared.data.training_fingerprint,
     )
     with folder:
         return train_reranker(config, prepared, folder, say=say)

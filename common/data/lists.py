@@ -38,6 +38,7 @@ class TrainingList:
     negatives: tuple[str, ...]  # the pool, hardest first
     related: tuple[int, ...] = ()  # positions of related queries' lists in the same file
     related_weight: tuple[float, ...] = ()  # in (0, 1], one per related list
+    teacher: tuple[float, ...] = ()  # its scores of positives, then negatives, NaN where unknown; or none
 
 
 def build_lists(
@@ -210,7 +211,15 @@ def _one_list(
         positives=tuple(data.corpus[p] for p in relevant),
         grades=tuple(float(grades[p]) for p in relevant),
         negatives=tuple(pool),
+        teacher=_teacher_scores(data, query_id, (*(data.corpus[p] for p in relevant), *pool)),
     )
+
+
+def _teacher_scores(data: RankingData, query_id: str, texts: Sequence[str]) -> tuple[float, ...]:
+    """A teacher's scores of a query's passages, NaN where it has none; empty when it has none at all."""
+    known = {data.corpus[passage]: score for passage, score in data.teacher.get(query_id, {}).items()}
+    found = tuple(float(np.float32(known.get(text, np.nan))) for text in texts)
+    return found if np.isfinite(found).any() else ()
 
 
 def _with_related(lists: list[TrainingList], related: Related) -> list[TrainingList]:
@@ -257,6 +266,7 @@ def _builder_class() -> Any:
                 "negatives": texts,
                 "related": integers,
                 "related_weight": floats,
+                "teacher": floats,
             }
             # Related lists are named by position, so the order must be kept.
             return tfds.core.DatasetInfo(
@@ -285,4 +295,5 @@ def _from_record(record: Mapping[str, Any]) -> TrainingList:
         negatives=texts("negatives"),
         related=tuple(int(i) for i in record["related"]),
         related_weight=tuple(float(weight) for weight in record["related_weight"]),
+        teacher=tuple(float(score) for score in record["teacher"]),
     )

@@ -44,6 +44,7 @@ class ListBatch:
     query_index: np.ndarray  # int32 [B]: position of the list in the source
     query_vectors: np.ndarray  # float32 [B, D]: the base's own of the text alone; D is 0 without `vectors`
     passage_vectors: np.ndarray  # float32 [B, L, D]
+    teacher: np.ndarray  # float32 [B, L]: a teacher's scores, NaN where there is none
 
     @property
     def token_share(self) -> float:
@@ -60,6 +61,7 @@ class EncodedLists:
         self.positives = [_numbered(item.positives, numbers) for item in lists]
         self.negatives = [_numbered(item.negatives, numbers) for item in lists]
         self.grades = [np.asarray(item.grades, np.float32) for item in lists]
+        self.teacher = [_teacher_of(item) for item in lists]  # of positives, then negatives
         self.related = [dict(zip(item.related, item.related_weight, strict=True)) for item in lists]
         self.queries, query_cut = tokenizer.query_ids([item.query for item in lists])
         self.passages, passage_cut = tokenizer.passage_ids(list(numbers))
@@ -93,6 +95,7 @@ class _PlannedList:
     index: int
     candidates: np.ndarray  # int64 [n], n <= list_size
     labels: np.ndarray  # float32 [n]
+    teacher: np.ndarray  # float32 [n]
     length: int  # tokens of the longest pair
 
 
@@ -123,10 +126,14 @@ class ListPlan:
             )
         self.lists = EncodedLists(source, tokenizer, embed)
         self.list_size, self.max_positives = cfg.list_size, cfg.max_positives
+        self.in_batch_negatives = cfg.in_batch_negatives
         self.buckets = tuple(sorted(cfg.length_buckets))
         self.batch_size, self.seed, self.pair_related = batch_size, seed, pair_related
         self._epoch: tuple[int, list[list[_PlannedList]]] | None = None
-        bucket_for(self.lists.longest, self.buckets)
+        longest_query = max(map(len, self.lists.queries))  # meets any passage of the batch
+        longest_passage = max(map(len, self.lists.passages))
+        far = longest_query + longest_passage if self.in_batch_negatives else 0
+        bucket_for(max(self.lists.longest, far), self.buckets)
 
     def __len__(self) -> int:
         return len(self.lists) // self.batch_size
@@ -165,11 +172,40 @@ class ListPlan:
         grades, pool = self.lists.grades[index], self.lists.negatives[index]
         best_first = np.lexsort((rng.random(len(grades)), -grades))
         chosen = best_first[: min(self.max_positives, self.list_size - 1)]
-        drawn = pool[rng.permutation(len(pool))[: self.list_size - len(chosen)]]
-        candidates = np.concatenate((self.lists.positives[index][chosen], drawn))
+        own = self.list_size - self.in_batch_negatives
+        drawn = rng.permutation(len(pool))[: own - len(chosen)]
+        candidates = np.concatenate((self.lists.positives[index][chosen], pool[drawn]))
         labels = np.zeros(len(candidates), np.float32)
         labels[: len(chosen)] = grades[chosen]
-        return _PlannedList(index, candidates, labels, self.lists.pair_length(index, candidates))
+        teacher = self.lists.teacher[index][np.concatenate((chosen, len(grades) + drawn))]
+        return _PlannedList(index, candidates, labels, teacher, self.lists.pair_length(index, candidates))
+
+    def _with_in_batch(self, items: Sequence[_PlannedList]) -> list[_PlannedList]:
+        """The lists with the best positives of others in the batch as further negatives."""
+        best = [int(item.candidates[0]) for item in items]
+        related = [{b for b, w in enumerate(row) if w > 0} for row in self._relatedness(self._index(items))]
+        made = []
+        for row, item in enumerate(items):
+            known = {*map(int, item.candidates), *map(int, self.lists.positives[item.index])}
+            others = [(row + step) % len(items) for step in range(1, len(items))]
+            fitting = dict.fromkeys(
+                best[other] for other in others if best[other] not in known and other not in related[row]
+            )
+            more = np.asarray(list(fitting)[: self.in_batch_negatives], np.int64)
+            candidates = np.concatenate((item.candidates, more))
+            made.append(
+                _PlannedList(
+                    item.index,
+                    candidates,
+                    np.concatenate((item.labels, np.zeros(len(more), np.float32))),
+                    np.concatenate((item.teacher, np.full(len(more), np.nan, np.float32))),
+                    self.lists.pair_length(item.index, candidates),
+                )
+            )
+        return made
+
+    def _index(self, items: Sequence[_PlannedList]) -> np.ndarray:
+        return np.asarray([item.index for item in items], np.int32)
 
     def _related_pairs(self, planned: dict[int, _PlannedList]) -> list[list[_PlannedList]]:
         """Twos: a query with its most related free one; those left over by similar length."""
@@ -191,22 +227,26 @@ class ListPlan:
         return pairs
 
     def _assemble(self, items: Sequence[_PlannedList]) -> ListBatch:
+        if self.in_batch_negatives:
+            items = self._with_in_batch(items)
         size = (self.batch_size, self.list_size)
         length = bucket_for(max(item.length for item in items), self.buckets)
         input_ids = np.full((*size, length), self.lists.pad_id, np.int32)
         sides = np.zeros((*size, length), np.int8)
         labels, mask = np.zeros(size, np.float32), np.zeros(size, bool)
+        teacher = np.full(size, np.nan, np.float32)
         for row, item in enumerate(items):
             query, count = self.lists.queries[item.index], len(item.candidates)
-            labels[row, :count], mask[row, :count] = item.labels, True
+            labels[row, :count], mask[row, :count], teacher[row, :count] = item.labels, True, item.teacher
             input_ids[row, :count, : len(query)], sides[row, :count, : len(query)] = query, QUERY
             for column, candidate in enumerate(item.candidates):
                 passage = self.lists.passages[candidate]
                 span = slice(len(query), len(query) + len(passage))
                 input_ids[row, column, span], sides[row, column, span] = passage, PASSAGE
-        query_index = np.asarray([item.index for item in items], np.int32)
+        query_index = self._index(items)
         related = self._relatedness(query_index)
-        return ListBatch(input_ids, sides, labels, mask, related, query_index, *self._vectors(items))
+        vectors = self._vectors(items)
+        return ListBatch(input_ids, sides, labels, mask, related, query_index, *vectors, teacher)
 
     def _vectors(self, items: Sequence[_PlannedList]) -> tuple[np.ndarray, np.ndarray]:
         """Vectors of the texts alone: queries [B, D], passages [B, L, D], zero at padding."""
@@ -225,6 +265,11 @@ class ListPlan:
         weights = np.maximum(weights, weights.T)
         np.fill_diagonal(weights, 0.0)
         return weights
+
+
+def _teacher_of(item: TrainingList) -> np.ndarray:
+    size = len(item.positives) + len(item.negatives)
+    return np.asarray(item.teacher or [np.nan] * size, np.float32)
 
 
 def _numbered(texts: Sequence[str], numbers: dict[str, int]) -> np.ndarray:

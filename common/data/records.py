@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import re
 import zlib
 from collections import Counter
@@ -19,6 +20,7 @@ from common.errors import UserError, listed
 Run = dict[str, dict[str, float]]  # query id -> passage id -> score, higher first
 Qrels = dict[str, dict[str, int]]  # query id -> passage id -> grade, grade > 0 is relevant
 OnBadRow = Literal["error", "skip"]
+TRIPLE_FIELDS = ("query", "positive", "negative", "scores", "positive_scores", "negative_scores")
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # a pair of these escapes is one character
 
 
@@ -32,14 +34,23 @@ class RankingData:
     qrels: dict[str, Qrels]  # split -> judgements
     negatives: dict[str, tuple[str, ...]] = field(default_factory=dict)  # query id -> given negatives
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows left out
+    teacher: Run = field(default_factory=dict)  # a teacher's scores of pairs, which training may learn from
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of the SHA-256 of all content; the order of rows and the name do not count."""
+        """16 hex digits of the SHA-256 of what is ranked; order, name and a teacher's scores do not count."""
         digest = hashlib.sha256()
         for part in (self.corpus, self.queries, self.qrels, self.negatives):
             digest.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode())
         return digest.hexdigest()[:16]
+
+    @cached_property
+    def training_fingerprint(self) -> str:
+        """`fingerprint`, and behind it that of the teacher's scores where there are any."""
+        if not self.teacher:
+            return self.fingerprint
+        digest = hashlib.sha256(json.dumps(self.teacher, sort_keys=True).encode()).hexdigest()
+        return f"{self.fingerprint}-{digest[:16]}"
 
     def split(self, name: str) -> Qrels:
         """Judgements of one split. Raises UserError when there is none of this name."""
@@ -68,7 +79,7 @@ class RankingData:
         if problems:
             raise UserError(
                 f"{self.name}: {len(problems)} problem(s):\n{listed(problems)}\n"
-                "Mend the files; rows that name what is unknown can be left out with on-bad-row skip."
+                "Mend the files; rows that name what is unknown can be left out: on_bad_row=skip."
             )
         return self
 
@@ -101,7 +112,7 @@ class BadRows:
         if self.problems and not self.skip:
             raise UserError(
                 f"{len(self.problems)} bad row(s):\n{listed(self.problems)}\n"
-                "Mend them, or leave them out with on-bad-row skip (--data.on-bad-row of a recipe)."
+                "Mend them, or leave them out: on_bad_row=skip (the flag on-bad-row skip)."
             )
 
 
@@ -113,6 +124,8 @@ class Triple:
     positives: tuple[str, ...]
     negatives: tuple[str, ...]
     grades: tuple[int, ...]
+    positive_scores: tuple[float, ...] = ()  # a teacher's, one for each passage, or none
+    negative_scores: tuple[float, ...] = ()
 
 
 def same_words(text: str) -> str:
@@ -196,7 +209,8 @@ def _next_value(text: str, at: int) -> int:
 def parse_triples(path: str | Path, on_bad_row: OnBadRow = "error") -> tuple[list[Triple], dict[str, int]]:
     """Rows `{"query", "positive", "negative"?, "scores"?}` of JSONL or a JSON array, and the dropped counts.
 
-    Raises UserError with every bad row as `file:line: what` (20 shown).
+    `scores` are grades of the positives; `positive_scores` and `negative_scores` a teacher's. Raises
+    UserError with every bad row as `file:line: what` (20 shown).
     """
     bad = BadRows(on_bad_row)
     triples = []
@@ -215,9 +229,9 @@ def parse_triple(row: Any) -> Triple:
     """One row as a Triple. Raises ValueError saying what is wrong with it."""
     if not isinstance(row, Mapping):
         raise ValueError(f"expected an object, found {type(row).__name__}")
-    unknown = set(row) - {"query", "positive", "negative", "scores"}
+    unknown = set(row) - set(TRIPLE_FIELDS)
     if unknown:
-        raise ValueError(f"unknown field {sorted(unknown)[0]!r}; allowed: query, positive, negative, scores")
+        raise ValueError(f"unknown field {sorted(unknown)[0]!r}; allowed: {', '.join(TRIPLE_FIELDS)}")
     query = row.get("query")
     if not isinstance(query, str) or not query.strip():
         raise ValueError("'query' must be a text that is not empty")
@@ -227,7 +241,14 @@ def parse_triple(row: Any) -> Triple:
     both = set(positives) & set(negatives)
     if both:
         raise ValueError(f"passage {min(both)[:40]!r} is both positive and negative")
-    return Triple(query.strip(), positives, negatives, _grades_of(row, len(positives)))
+    return Triple(
+        query.strip(),
+        positives,
+        negatives,
+        _grades_of(row, len(positives)),
+        _teacher_of(row, "positive_scores", len(positives)),
+        _teacher_of(row, "negative_scores", len(negatives)),
+    )
 
 
 def _texts_of(row: Mapping[str, Any], key: str) -> tuple[str, ...]:
@@ -251,6 +272,16 @@ def _grades_of(row: Mapping[str, Any], count: int) -> tuple[int, ...]:
     return tuple(int(s) for s in scores)
 
 
+def _teacher_of(row: Mapping[str, Any], key: str, count: int) -> tuple[float, ...]:
+    scores = row.get(key)
+    if scores is None:
+        return ()
+    scores = scores if isinstance(scores, list | tuple) else [scores]
+    if len(scores) != count or not all(type(s) in (int, float) and math.isfinite(s) for s in scores):
+        raise ValueError(f"{key!r} must be {count} number(s), a teacher's score for each passage")
+    return tuple(map(float, scores))
+
+
 def triples_data(name: str, splits: Mapping[str, list[Triple]], dropped: dict[str, int]) -> RankingData:
     """Ranking data whose corpus is every passage of the triples; ids are hashes of the texts.
 
@@ -260,6 +291,7 @@ def triples_data(name: str, splits: Mapping[str, list[Triple]], dropped: dict[st
     queries: dict[str, str] = {}
     qrels: dict[str, Qrels] = {split: {} for split in splits}
     negatives: dict[str, dict[str, None]] = {}
+    teacher: Run = {}
     for split, triples in splits.items():
         for triple in triples:
             query = _keep(queries, "q", triple.query)
@@ -269,9 +301,16 @@ def triples_data(name: str, splits: Mapping[str, list[Triple]], dropped: dict[st
                 grades[passage] = max(grade, grades.get(passage, 0))
             given = negatives.setdefault(query, {})
             given.update({_keep(corpus, "p", text): None for text in triple.negatives})
+            for texts, scores in (
+                (triple.positives, triple.positive_scores),
+                (triple.negatives, triple.negative_scores),
+            ):
+                known = {stable_id("p", text): score for text, score in zip(texts, scores, strict=False)}
+                if known:
+                    teacher.setdefault(query, {}).update(known)
     relevant = {(q, p) for part in qrels.values() for q, grades in part.items() for p in grades}
     useful = {q: tuple(p for p in given if (q, p) not in relevant) for q, given in negatives.items()}
-    return RankingData(name, corpus, queries, qrels, {q: p for q, p in useful.items() if p}, dropped)
+    return RankingData(name, corpus, queries, qrels, {q: p for q, p in useful.items() if p}, dropped, teacher)
 
 
 def _keep(texts: dict[str, str], prefix: str, text: str) -> str:

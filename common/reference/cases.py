@@ -24,6 +24,7 @@ class ListCase:
     query_im: Array  # [B, L, C]
     related: Array  # [B, B] symmetric, 0 on the diagonal
     query_index: NDArray[np.int32]  # [B], two lists of one query among them
+    teacher: Array  # [B, L] a teacher's scores, NaN where unknown
 
 
 def float32_exact(values: Any) -> Array:
@@ -59,6 +60,9 @@ def random_lists(seed: int, width: int = 4) -> ListCase:
         query_im=float32_exact(rng.normal(size=(lists, candidates, width))),
         related=float32_exact(weights + weights.T),
         query_index=np.array([*range(lists - 1), 0], np.int32),
+        teacher=np.where(
+            rng.random((lists, candidates)) < 0.8, float32_exact(3.0 * labels + scores / 9.0), np.nan
+        ),
     )
 
 

@@ -165,6 +165,53 @@ def plistmle_gradient(scores: Array, labels: Array, mask: Mask) -> Array:
     return gradient
 
 
+def margin_mse(scores: Array, labels: Array, mask: Mask, teacher: Array) -> Pair:
+    """Sum over taught pairs of ((s_i - s_j) - (t_i - t_j))^2, and their number."""
+    pairs = list(_taught_pairs(labels, mask, teacher))
+    errors = [scores[r, i] - scores[r, j] - teacher[r, i] + teacher[r, j] for r, i, j in pairs]
+    return float(np.sum(np.square(errors))), float(len(pairs))
+
+
+def margin_mse_gradient(scores: Array, labels: Array, mask: Mask, teacher: Array) -> Array:
+    """+-2 times the error of each pair, [B, L]."""
+    gradient = np.zeros(scores.shape)
+    for row, i, j in _taught_pairs(labels, mask, teacher):
+        error = scores[row, i] - scores[row, j] - teacher[row, i] + teacher[row, j]
+        gradient[row, i] += 2.0 * error
+        gradient[row, j] -= 2.0 * error
+    return gradient
+
+
+def soft_labels(scores: Array, mask: Mask, teacher: Array, temperature: float) -> Pair:
+    """Sum over lists of T^2 KL(softmax(t / T) || softmax(s / T)); and those with two taught candidates."""
+    total, lists = 0.0, 0
+    for row, known in enumerate(mask & np.isfinite(teacher)):
+        if known.sum() > 1:
+            target = _log_softmax(teacher[row, known] / temperature)
+            student = _log_softmax(scores[row, known] / temperature)
+            total, lists = total + temperature**2 * float(np.exp(target) @ (target - student)), lists + 1
+    return total, float(lists)
+
+
+def soft_labels_gradient(scores: Array, mask: Mask, teacher: Array, temperature: float) -> Array:
+    """T (softmax(s / T) - softmax(t / T)), [B, L]."""
+    gradient = np.zeros(scores.shape)
+    for row, known in enumerate(mask & np.isfinite(teacher)):
+        if known.sum() > 1:
+            student, target = (
+                np.exp(_log_softmax(values[row, known] / temperature)) for values in (scores, teacher)
+            )
+            gradient[row, known] = temperature * (student - target)
+    return gradient
+
+
+def _taught_pairs(labels: Array, mask: Mask, teacher: Array) -> Iterator[tuple[int, int, int]]:
+    """(row, relevant i, irrelevant j) of real candidates with a teacher's score."""
+    for row in range(len(labels)):
+        known = np.flatnonzero(mask[row] & np.isfinite(teacher[row])).tolist()
+        yield from ((row, i, j) for i in known for j in known if labels[row, i] > 0 and labels[row, j] <= 0)
+
+
 def _position_weights(size: int) -> Array:
     weights = 2.0 ** (size - 1 - np.arange(size)) - 1.0
     return weights / max(1.0, weights.sum())

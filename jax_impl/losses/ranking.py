@@ -146,6 +146,48 @@ def plistmle(scores: jax.Array, labels: jax.Array, mask: jax.Array) -> Pair:
     return total(weights * chosen, counted), listwise_denominator(labels, mask)
 
 
+def margin_mse(scores: jax.Array, labels: jax.Array, mask: jax.Array, teacher: jax.Array) -> Pair:
+    """((s_i - s_j) - (t_i - t_j))^2 for each relevant i and irrelevant j that the teacher has scored.
+
+    scores [B, L], labels [B, L] grades >= 0, mask [B, L] bool, teacher [B, L], NaN where unknown
+    (Hofstaetter et al. 2020). Gradient of a pair +-2 times the error; 0 at padding and with one candidate.
+    """
+    known = jnp.where(jnp.isfinite(teacher), teacher.astype(jnp.float32), 0.0)  # [B, L]
+    error = differences(scores.astype(jnp.float32)) - differences(known)  # [B, L, L]
+    return total(error**2, taught_pairs(labels, mask, teacher)), margin_mse_denominator(labels, mask, teacher)
+
+
+def margin_mse_denominator(labels: jax.Array, mask: jax.Array, teacher: jax.Array) -> jax.Array:
+    """Pairs of a relevant and an irrelevant candidate that the teacher has scored."""
+    return count(taught_pairs(labels, mask, teacher))
+
+
+def taught_pairs(labels: jax.Array, mask: jax.Array, teacher: jax.Array) -> jax.Array:
+    """Pairs (i, j) of a relevant and an irrelevant real candidate with a teacher's score, bool [B, L, L]."""
+    relevant = relevant_candidates(labels, mask)
+    known = mask & jnp.isfinite(teacher)
+    return (known & relevant)[:, :, None] & (known & ~relevant)[:, None, :]
+
+
+def soft_labels(
+    scores: jax.Array, mask: jax.Array, teacher: jax.Array, temperature: jax.Array | float = 1.0
+) -> Pair:
+    """T^2 KL(softmax(t / T) || softmax(s / T)) over the candidates of a list that the teacher has scored.
+
+    scores [B, L], mask [B, L] bool, teacher [B, L], NaN where unknown, T > 0 (Hinton et al. 2015). Grades
+    do not count. Gradient T (softmax(s / T) - softmax(t / T)); 0 at padding and with one candidate.
+    """
+    known = mask & jnp.isfinite(teacher)
+    target = log_probabilities(jnp.where(known, teacher, 0.0), known, temperature)  # [B, L]
+    divergence = jnp.exp(target) * (target - log_probabilities(scores, known, temperature))
+    return temperature**2 * total(divergence, known), soft_labels_denominator(mask, teacher)
+
+
+def soft_labels_denominator(mask: jax.Array, teacher: jax.Array) -> jax.Array:
+    """Lists with at least two candidates that the teacher has scored."""
+    return count(jnp.sum(mask & jnp.isfinite(teacher), axis=1) > 1)
+
+
 def differences(values: jax.Array) -> jax.Array:
     """x_i - x_j, [B, L] -> [B, L, L]."""
     return values[:, :, None] - values[:, None, :]

@@ -32,9 +32,11 @@ from jax_impl.losses.ranking import (
     listwise_denominator,
     listwise_softmax,
     log_probabilities,
+    margin_mse,
     plistmle,
     pointwise_bce,
     ranknet,
+    soft_labels,
     total,
 )
 from jax_impl.models.cross_encoder import CrossEncoder, PairOutput
@@ -52,6 +54,7 @@ class Batch(NamedTuple):
     query_index: jax.Array  # [B]
     query_vectors: jax.Array  # [B, D]
     passage_vectors: jax.Array  # [B, L, D]
+    teacher: jax.Array  # [B, L]
 
 
 class Moment(NamedTuple):
@@ -90,7 +93,7 @@ def loss_terms(
     lists = batch.labels.shape
     scores, portable = out.score.reshape(lists), out.portable.reshape(lists)  # [B, L]
     judged = (batch.labels, batch.mask)
-    terms: Terms = {"rank": _rank_term(config, scores, judged, moment)}
+    terms: Terms = {"rank": _rank_term(config, scores, batch, moment)}
     weights: dict[str, float | jax.Array] = {"rank": 1.0}
     quantum = config.quantum
     if config.train.objective == "quantum" and quantum.mode == "resonance":
@@ -206,9 +209,12 @@ def denominators(config: RerankerConfig, micro: list[Batch]) -> dict[str, jax.Ar
     return {name: 1.0 / jnp.maximum(1.0, number) for name, number in totals.items()}
 
 
-def _rank_term(
-    config: RerankerConfig, scores: jax.Array, judged: tuple[jax.Array, jax.Array], moment: Moment
-) -> Pair:
-    if config.train.objective == "quantum":
+def _rank_term(config: RerankerConfig, scores: jax.Array, batch: Batch, moment: Moment) -> Pair:
+    objective, judged = config.train.objective, (batch.labels, batch.mask)
+    if objective == "quantum":
         return superposition_loss(scores, *judged, moment.temperature, moment.entropy_bonus)
-    return RANK_LOSSES[config.train.objective](scores, *judged)
+    if objective == "margin_mse":
+        return margin_mse(scores, *judged, batch.teacher)
+    if objective == "soft_labels":
+        return soft_labels(scores, batch.mask, batch.teacher, config.train.teacher_temperature)
+    return RANK_LOSSES[objective](scores, *judged)

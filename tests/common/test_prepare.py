@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from common.backends import load_encoder
 from common.config import RerankerConfig
+from common.data.sources import write_trec_run
 from common.errors import UserError
 from common.metrics.ranking import evaluate_run, mean, ranked
 from common.prepare import Prepared, candidates, dev_queries, load_data, plan_batches, prepare
@@ -133,3 +135,39 @@ def test_a_batch_carries_the_base_s_vector_of_each_of_its_texts(
 def test_a_split_that_is_not_there_is_named(world: World) -> None:
     with pytest.raises(UserError, match="nowhere"):
         prepared(world, train_split="nowhere")
+
+
+def test_a_teacher_s_scores_come_from_a_run_file_or_from_the_rows(world: World, tmp_path: Path) -> None:
+    config = world.config(objective="margin_mse")
+    plain = load_data(config.data)
+    run = {
+        query: {passage: float(int(passage[1:5] + query[1:3], 16) % 97) for passage in plain.corpus}
+        for query in plain.queries
+    }
+    write_trec_run(run, tmp_path / "teacher.trec", "teacher")
+    with pytest.raises(
+        UserError, match="margin_mse learns from a teacher, and no training pair has its score"
+    ):
+        plan_batches(config, *_ready(world, config))
+    taught = replace(config, data=replace(config.data, teacher=str(tmp_path / "teacher.trec")))
+    data = load_data(taught.data)
+    assert data.fingerprint == plain.fingerprint != data.training_fingerprint
+    ready, tokenizer = _ready(world, taught)
+    ids = {text: passage for passage, text in plain.corpus.items()}
+    for item in ready.training:
+        expected = [run[item.query_id][ids[text]] for text in (*item.positives, *item.negatives)]
+        assert list(item.teacher) == expected
+    batch = plan_batches(taught, ready, tokenizer).batch(0)
+    assert np.isfinite(batch.teacher[batch.mask]).all()
+    (tmp_path / "other.trec").write_text("q Q0 p 1 0.5 t\n")
+    with pytest.raises(UserError, match="scores no pair of data"):
+        load_data(replace(config.data, teacher=str(tmp_path / "other.trec")))
+    rows = [json.loads(row) | {"negative": ["x y", "z"]} for row in world.data.read_text().splitlines()]
+    rows = [row | {"positive_scores": 0.75, "negative_scores": [0.5, -1]} for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own = replace(config, data=replace(config.data, name=str(tmp_path / "rows.jsonl"), negatives="given"))
+    assert {item.teacher for item in _ready(world, own)[0].training} == {(0.75, 0.5, -1.0)}
+
+
+def _ready(world: World, config: RerankerConfig) -> tuple[Prepared, PairTokenizer]:
+    return prepare(config, load_encoder(world.base), say=lambda _: None), PairTokenizer(world.base, 64, 24)

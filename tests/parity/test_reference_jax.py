@@ -114,6 +114,36 @@ def test_the_reference_gradients_are_those_of_the_reference_values(seed: int) ->
             assert parity_error(numeric_gradient(numerator, point), row) < 1e-6, name
 
 
+@pytest.mark.parametrize("name", ["margin_mse", "soft_labels"])
+def test_losses_of_a_teacher_and_their_gradients(name: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    temperature = float(float32_exact(rng.uniform(0.5, 3.0)))
+    for _ in range(CASES):
+        case = random_lists(int(rng.integers(2**32)))
+        if name == "margin_mse":
+            settings: tuple = (case.labels, case.mask, case.teacher)
+        else:
+            settings = (case.mask, case.teacher, temperature)
+        ours, theirs = getattr(ranking, name), getattr(reference, name)
+
+        def value(scores: jax.Array, ours: Callable = ours, settings: tuple = settings) -> tuple:
+            return ours(scores, *map(jnp.asarray, settings))
+
+        scores = jnp.asarray(case.scores)
+        expected = numbers(theirs(case.scores, *settings))
+        assert expected[1] > 3 and parity_error(numbers(jax.jit(value)(scores)), expected) < TOLERANCE
+        numerator, denominator = jax.jit(jax.jacrev(value))(scores)
+        by_hand = getattr(reference, f"{name}_gradient")(case.scores, *settings)
+        assert parity_error(numerator, by_hand) < TOLERANCE and not denominator.any()
+        padded = np.where(case.mask, case.scores, 0.0)  # far from 1e4, where central differences are exact
+
+        def plain(x: np.ndarray, theirs: Callable = theirs, settings: tuple = settings) -> float:
+            return theirs(x, *settings)[0]
+
+        by_hand = getattr(reference, f"{name}_gradient")(padded, *settings)
+        assert parity_error(numeric_gradient(plain, padded), by_hand) < 1e-6
+
+
 def test_entanglement_and_its_gradient(seed: int) -> None:
     rng = np.random.default_rng(seed)
     compared, redrawn = 0, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from dataclasses import replace
@@ -61,7 +62,7 @@ def make_lists(rng: random.Random, count: int, negatives: int = 6) -> list[Train
 
 
 def same(a: ListBatch, b: ListBatch) -> bool:
-    return all(np.array_equal(x, vars(b)[name]) for name, x in vars(a).items())
+    return all(np.array_equal(x, vars(b)[name], equal_nan=x.dtype.kind == "f") for name, x in vars(a).items())
 
 
 def loader(
@@ -97,6 +98,44 @@ def test_a_batch_shows_the_best_positives_and_negatives_of_the_pool(
                 cut[grade].append(" ".join(passage.split()[:40]))
             for passage, grade in zip(shown, batch.labels[row].tolist(), strict=True):
                 cut[grade].remove(passage)  # without replacement, and of that grade
+
+
+def test_each_candidate_carries_its_own_teacher_score(tokenizer: PairTokenizer, rng: random.Random) -> None:
+    lists = make_lists(rng, 9)
+    for number, item in enumerate(lists[1:], start=1):  # the first has no teacher
+        scores = [rng.gauss(0, 1) for _ in (*item.positives, *item.negatives)]
+        scores[number % len(scores)] = float("nan")
+        lists[number] = replace(item, teacher=tuple(scores))
+    for batch in loader(lists, tokenizer, epochs=3):
+        for row, index in enumerate(batch.query_index):
+            item = lists[index]
+            taught = zip((*item.positives, *item.negatives), item.teacher or [math.nan] * 99, strict=False)
+            known = {" ".join(passage.split()[:40]): score for passage, score in taught}
+            for column in range(4):
+                expected = known[" ".join(words_of(batch, row, column, PASSAGE))]
+                assert batch.teacher[row, column] == pytest.approx(expected, nan_ok=True)
+
+
+def test_in_batch_negatives_are_the_positives_of_unrelated_others(
+    tokenizer: PairTokenizer, rng: random.Random
+) -> None:
+    lists = make_lists(rng, 24)
+    cfg = replace(CONFIG, in_batch_negatives=2, max_positives=1)
+    plan = ListPlan(lists, tokenizer, cfg, batch_size=6, seed=rng.randrange(99), pair_related=True)
+    for number in range(len(plan)):
+        batch = plan.batch(number)
+        own = {
+            int(index): [" ".join(p.split()[:40]) for p in lists[index].positives]
+            for index in batch.query_index
+        }
+        for row, index in enumerate(map(int, batch.query_index)):
+            assert batch.labels[row].tolist()[1:] == [0.0, 0.0, 0.0] and batch.mask[row].all()
+            assert words_of(batch, row, 0, QUERY) == words_of(batch, row, 3, QUERY)
+            for column in (2, 3):
+                passage = " ".join(words_of(batch, row, column, PASSAGE))
+                owners = [other for other, texts in own.items() if passage in texts]
+                assert owners and index not in owners and (index ^ 1) not in owners
+                assert np.isnan(batch.teacher[row, column])
 
 
 def test_positives_of_equal_grade_and_negatives_take_turns(

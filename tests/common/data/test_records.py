@@ -133,6 +133,8 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ({"query": "q", "positive": "a", "scores": [1, 2]}, "'scores' must be 1 whole number"),
     ({"query": "q", "positive": "a", "scores": [0]}, "'scores' must be 1 whole number"),
     ({"query": "q", "positive": "a", "scores": [True]}, "'scores' must be 1 whole number"),
+    ({"query": "q", "positive": "a", "positive_scores": [1, 2]}, "'positive_scores' must be 1 number"),
+    ({"query": "q", "positive": "a", "negative_scores": "high"}, "'negative_scores' must be 0 number"),
 ]
 
 

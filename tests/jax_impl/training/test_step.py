@@ -34,6 +34,8 @@ KINDS = {
     "ranknet": {"objective": "ranknet"},
     "lambda": {"objective": "lambda"},
     "plistmle": {"objective": "plistmle"},
+    "margin_mse": {"objective": "margin_mse"},
+    "soft_labels": {"objective": "soft_labels"},
     "superposition": {"mode": "superposition"},
     "resonance": {"mode": "resonance", "entanglement_weight": 0.0},
     "entanglement": {"mode": "entanglement"},
@@ -66,6 +68,7 @@ def random_batch(seed: int) -> Batch:
         jnp.asarray([0, 1, 0, 3]),
         jnp.asarray(rng.normal(size=(B, 32)), jnp.float32),
         jnp.asarray(rng.normal(size=(B, L, 32)), jnp.float32),
+        jnp.asarray(np.where(rng.random((B, L)) < 0.8, rng.normal(size=(B, L)), np.nan), jnp.float32),
     )
 
 
