@@ -20,7 +20,7 @@ from common.runs import read_metrics
 from tests.tiny import FILLER, World, command
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("prepare_data", "train", "evaluate", "rerank")
+COMMANDS = ("prepare_data", "train", "evaluate", "rerank", "mine_negatives")
 
 
 def run(name: str, *argv: object) -> str:
@@ -268,3 +268,33 @@ def test_train_refuses_before_it_makes_a_run(
     with pytest.raises(UserError, match=f"(?s){message}"):
         replace(project, runs=tmp_path).train(*argv)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("by", ["bm25", "dense", "cross-encoder"])
+def test_mined_negatives_are_training_data(project: Project, tmp_path: Path, by: str) -> None:
+    out, best = tmp_path / "mined.jsonl", project.run / "best"
+    flags: list[object] = ["--data", project.world.data, "--out", out, "--encoder", project.world.base]
+    flags += ["--count", 3, "--relative-margin", "None", "--by", by]
+    said = run("mine_negatives", *flags, *(["--model", best] if by == "cross-encoder" else []))
+    assert "49 rows, 147 negatives of 49 queries" in said
+    mined = load_ranking_data(str(out), dev_fraction=0.0, test_fraction=0.0)
+    assert all(len(passages) == 3 for passages in mined.negatives.values())
+    relevant = {(q, p) for q, grades in mined.split("train").items() for p in grades}
+    assert not relevant & {(q, p) for q, passages in mined.negatives.items() for p in passages}
+    assert all(len(scores) == 4 for scores in mined.teacher.values())
+    taught = run(
+        "mine_negatives", *flags, "--teacher", best, *(["--model", best] if by == "cross-encoder" else [])
+    )
+    assert "relevant by the teacher" in taught or "49 rows" in taught
+
+
+def test_mining_refuses_what_cannot_be(project: Project, tmp_path: Path) -> None:
+    flags = ["--data", project.world.data, "--out", tmp_path / "mined.jsonl", "--encoder", project.world.base]
+    for more, message in (
+        (["--by", "cross-encoder"], "--by cross-encoder and --model MODEL go together"),
+        (["--teacher-margin", 1], "--teacher-margin needs --teacher"),
+        (["--max-score", -5], "no negative fits the rules"),
+        (["--split", "nowhere"], "no split 'nowhere'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run("mine_negatives", *flags, *more)
