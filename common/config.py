@@ -80,12 +80,12 @@ class DataConfig:
     """Hardest negatives kept for a query; a list draws from them anew each epoch."""
     max_query_tokens: int = 64
     max_passage_tokens: int = 192
-    # fmt: off
     in_batch_negatives: int = 0
     """Candidates of a list that are the best positives of other, unrelated queries of its batch."""
     teacher: str | None = None
     """A TREC run file with a teacher's scores of training pairs, for the objectives margin_mse and
     soft_labels; rows with `positive_scores` and `negative_scores` bring their own."""
+    # fmt: off
     length_buckets: tuple[int, ...] = (
         32, 48, 64, 96, 128, 160, 192, 208, 224, 240, 256, 288, 320, 352, 384, 448, 512,
     )

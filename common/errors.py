@@ -8,8 +8,6 @@ import os
 import sys
 from collections.abc import Callable
 
-LESS_MEMORY = "lower data.max_passage_tokens or evaluation.depth, or use fewer passages or a smaller model."
-
 
 class UserError(Exception):
     """Something the user can mend: what was wrong, where, what is allowed, what to do."""
@@ -57,6 +55,10 @@ def run_command(main: Callable[[], int | None]) -> None:
     except Exception as error:
         if not out_of_memory(error):
             raise
-        print(f"error: out of memory; {LESS_MEMORY} ({str(error)[:200] or 'host memory'})", file=sys.stderr)
+        print(
+            "error: out of memory; lower data.max_passage_tokens or evaluation.depth, or use fewer passages "
+            f"or a smaller model. ({str(error)[:200] or 'host memory'})",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from error
     raise SystemExit(code or 0)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from common.data.records import RankingData, Run, same_words
+from common.data.records import RankingData, Run, relevant_passages, same_words
 from common.errors import UserError
 
 NO_POSITIVE = "queries without a relevant passage"
@@ -211,7 +211,7 @@ def _one_list(
     pool_size: int,
     shown: set[str],
 ) -> TrainingList:
-    relevant = sorted((p for p, grade in grades.items() if grade > 0), key=lambda p: (-grades[p], p))
+    relevant = relevant_passages(grades)
     pool: dict[str, None] = {}  # texts in order, each once
     for passage in sorted(candidates, key=lambda p: (-candidates[p], p)):
         if len(pool) < pool_size and data.corpus[passage] not in shown:

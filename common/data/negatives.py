@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from common.data.records import Qrels, RankingData, Run, same_words
+from common.data.records import Qrels, RankingData, Run, relevant_passages, same_words
 from common.errors import UserError
 from common.metrics.ranking import ranked
 
@@ -87,7 +87,7 @@ def mine(
     found: list[Mined] = []
     rng = np.random.default_rng(rules.seed)
     for query, grades in sorted(qrels.items()):
-        relevant = sorted((p for p, grade in grades.items() if grade > 0), key=lambda p: (-grades[p], p))
+        relevant = relevant_passages(grades)
         if not relevant:
             lost["queries without a relevant passage"] += 1
             continue
@@ -115,7 +115,7 @@ def _fitting(
     lost: Counter[str],
 ) -> Iterator[str]:
     """Passages that the rules let through, best score first; counts the others in `lost`."""
-    best = max(own[passage] for passage in relevant)
+    best = _best(own, relevant)
     shown = {same_words(data.corpus[passage]) for passage in relevant}
     others = [passage for passage in ranked(scores) if passage not in set(relevant)]
     for passage in others[rules.first_rank - 1 : rules.last_rank]:

@@ -128,6 +128,11 @@ class Triple:
     negative_scores: tuple[float, ...] = ()
 
 
+def relevant_passages(grades: Mapping[str, int]) -> list[str]:
+    """Passages with a grade above 0, best grade first, ties by id."""
+    return sorted((p for p, grade in grades.items() if grade > 0), key=lambda p: (-grades[p], p))
+
+
 def same_words(text: str) -> str:
     """The text in lower case with single spaces: equal for queries that differ in nothing else."""
     return " ".join(text.casefold().split())
