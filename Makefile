@@ -36,7 +36,7 @@ format: $(VENV)/.dev  ## ruff: mend what it can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-types: $(VENV)/.dev  ## mypy, strict on common and jax_impl
+types: $(VENV)/.dev  ## mypy, strict on common and both backends
 	$(VENV)/bin/mypy
 
 bench: $(VENV)/.peers  ## each benchmark beside its peer; results in benchmarks/results

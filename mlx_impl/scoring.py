@@ -1,0 +1,194 @@
+"""Encoder and Scorer of a checkpoint directory: texts in, vectors or scores out, batched by length.
+
+Twin: jax_impl/scoring.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import numpy as np
+
+from common.backends import Scores, checkpoint_identity, checkpoint_name
+from common.checkpoint import read_json, surviving
+from common.config import DataConfig, RerankerConfig
+from common.text import Encoded, PairTokenizer
+from mlx_impl.loading import load_bi_encoder, load_cross_encoder
+from mlx_impl.models.cross_encoder import CrossEncoder
+from mlx_impl.models.projector import fidelity_factors
+
+TOKENS_PER_BATCH = {"cpu": 2048, "gpu": 16384}  # tokens, padding included
+LENGTHS = DataConfig.length_buckets  # padded to; each is compiled once
+
+
+def default_dtype(precision: str = "auto") -> mx.Dtype:
+    """float32 unless named: bfloat16 has not been measured on Apple's GPUs yet."""
+    return {"auto": mx.float32, "float32": mx.float32, "bfloat16": mx.bfloat16}[precision]
+
+
+def batches_by_length(
+    encodeds: Sequence[Encoded], limit: int | None = None
+) -> Iterator[tuple[np.ndarray, int, int]]:
+    """(indices, rows, length) of batches: longest first, a fixed number of rows for each length.
+
+    The last batch, often a small one, is padded to a power of two instead. `limit` is the number of positions
+    that the model has.
+    """
+    budget = TOKENS_PER_BATCH.get(mx.default_device().type.name, TOKENS_PER_BATCH["gpu"])
+    sizes = np.asarray([len(encoded.ids) for encoded in encodeds], int)
+    lengths = LENGTHS if limit is None else (*(n for n in LENGTHS if n < limit), limit)
+    padded = np.asarray([next((n for n in lengths if n >= size), size) for size in sizes], int)
+    order = np.argsort(-padded, kind="stable")
+    start = 0
+    while start < len(order):
+        length = int(padded[order[start]])
+        rows = max(1, budget // length)
+        chosen = order[start : start + rows]
+        yield chosen, min(rows, 1 << (len(chosen) - 1).bit_length()), length
+        start += rows
+
+
+def run_batched(
+    encodeds: Sequence[Encoded],
+    pad: Callable[[Sequence[Encoded], int], tuple[np.ndarray, np.ndarray]],
+    call: Callable[[mx.array, mx.array], Any],
+    on_batch: Callable[[int], None] | None = None,
+    *,
+    limit: int | None = None,
+) -> list[np.ndarray]:
+    """Apply `call` (arrays or a tuple of arrays, rows first) to all texts and return its outputs in order.
+
+    The next batch is sent off before the last one is fetched, so that a GPU never waits for the host.
+    """
+    outputs: list[np.ndarray] = []
+    pending: tuple[np.ndarray, Any] | None = None
+
+    def collect(indices: np.ndarray, result: Any) -> None:
+        results = result if isinstance(result, tuple) else (result,)
+        arrays = [np.array(a)[: len(indices)] for a in results]
+        if not outputs:
+            outputs.extend(np.empty((len(encodeds), *a.shape[1:]), a.dtype) for a in arrays)
+        for output, array in zip(outputs, arrays, strict=True):
+            output[indices] = array
+        if on_batch is not None:
+            on_batch(len(indices))
+
+    for indices, rows, length in batches_by_length(encodeds, limit):
+        ids, sides = pad([encodeds[i] for i in indices], length)
+        missing = ((0, rows - len(indices)), (0, 0))
+        result = call(mx.array(np.pad(ids, missing)), mx.array(np.pad(sides, missing)))
+        mx.async_eval(result)
+        if pending is not None:
+            collect(*pending)
+        pending = (indices, result)
+    if pending is not None:
+        collect(*pending)
+    return outputs
+
+
+class MlxEncoder:
+    """A sentence encoder for the dense first stage."""
+
+    def __init__(self, directory: Path, max_tokens: int | None = None) -> None:
+        directory = surviving(directory)
+        self.name = checkpoint_name(directory)
+        dtype = default_dtype()
+        model = load_bi_encoder(directory, dtype=dtype)
+        self.tokenizer = PairTokenizer(directory)
+        self._positions = model.bert.config.max_position_embeddings
+        self.max_tokens = min(max_tokens or _max_tokens(directory), self._positions)
+        self.dim = model.bert.config.hidden_size
+        self.identity = checkpoint_identity(directory, self.max_tokens, str(dtype))
+        self._call = mx.compile(lambda ids, sides: model(ids, sides > 0), inputs=model.state)
+
+    def encode(self, texts: Sequence[str], *, kind: Literal["query", "passage"] = "passage") -> np.ndarray:
+        """Unit vectors [N, dim], float32. The two kinds of text are encoded alike."""
+        if not texts:
+            return np.zeros((0, self.dim), np.float32)
+        encodeds = self.tokenizer.encode_texts(texts, self.max_tokens)
+        return run_batched(encodeds, self.tokenizer.pad, self._call, limit=self._positions)[0]
+
+
+class MlxScorer:
+    """A reranker: pairs of texts in, scores out. `fusion_weight` is the first stage's, chosen on dev."""
+
+    def __init__(
+        self,
+        model: CrossEncoder,
+        tokenizer: PairTokenizer,
+        *,
+        name: str,
+        identity: str = "",
+        fusion_weight: float = 0.0,
+    ) -> None:
+        self.name, self.identity = name, identity
+        self.fusion_weight, self.tokenizer = fusion_weight, tokenizer
+        self._positions = model.bert.config.max_position_embeddings
+        self._model = model
+        self._call = mx.compile(functools.partial(_score, model), inputs=model.state)
+
+    def score(
+        self,
+        queries: Sequence[str],
+        passages: Sequence[str],
+        on_batch: Callable[[int], None] | None = None,
+    ) -> Scores:
+        """Scores of the pairs (queries[i], passages[i]), each [N] float32.
+
+        `on_batch` is told the number of pairs done after each batch.
+        """
+        return self.score_encoded(self.tokenizer.encode_pairs(queries, passages), on_batch)
+
+    def score_encoded(
+        self, encodeds: Sequence[Encoded], on_batch: Callable[[int], None] | None = None
+    ) -> Scores:
+        """As `score`, for pairs that are tokens already."""
+        if not encodeds:
+            return Scores(*(np.zeros(0, np.float32) for _ in range(5)))
+        return Scores(*run_batched(encodeds, self.tokenizer.pad, self._call, on_batch, limit=self._positions))
+
+    def set_state(self, state: Any) -> None:
+        """Score with other parameters of the same model."""
+        self._model.update(state)
+
+
+def load_encoder(directory: Path) -> MlxEncoder:
+    """The Encoder of a directory (common.backends)."""
+    return MlxEncoder(Path(directory))
+
+
+def load_scorer(directory: Path, recipe: RerankerConfig | None = None) -> MlxScorer:
+    """The Scorer of a directory (common.backends); a base that was never trained starts as `recipe` says."""
+    directory, recipe = surviving(Path(directory)), recipe or RerankerConfig()
+    dtype, seed = default_dtype(), recipe.train.seed
+    loaded = load_cross_encoder(directory, recipe.model, dtype=dtype, seed=seed)
+    tokenizer = PairTokenizer(
+        directory,
+        loaded.settings.get("max_query_tokens", recipe.data.max_query_tokens),
+        loaded.settings.get("max_passage_tokens", recipe.data.max_passage_tokens),
+    )
+    limits = (tokenizer.max_query_tokens, tokenizer.max_passage_tokens)
+    start = () if loaded.start == "resumed" else (recipe.model, seed)
+    return MlxScorer(
+        loaded.model,
+        tokenizer,
+        name=checkpoint_name(directory),
+        identity=checkpoint_identity(directory, *limits, str(dtype), *start),
+        fusion_weight=float(loaded.settings.get("fusion_weight", 0.0)),
+    )
+
+
+def _score(model: CrossEncoder, ids: mx.array, sides: mx.array) -> tuple[mx.array, ...]:
+    out = model(ids, sides)
+    overlap, coherence = fidelity_factors(out.query, out.passage)
+    return out.score, out.portable, out.resonance, overlap, coherence
+
+
+def _max_tokens(directory: Path) -> int:
+    """The longest input that a sentence-transformers directory was trained with; 256 when it does not say."""
+    file = directory / "sentence_bert_config.json"
+    return int(read_json(file).get("max_seq_length") or 256) if file.exists() else 256
