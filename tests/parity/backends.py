@@ -1,0 +1,184 @@
+"""Both backends behind one face, so that a parity test is written once: NumPy in, float64 NumPy out."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common import keymap
+from common.reference.cases import parity_error
+
+LOSS_TOLERANCE = 1e-5  # losses and projector
+MODEL_TOLERANCE = 1e-4  # whole models and their gradients
+
+Function = Callable[..., Any]
+Arrays = list[np.ndarray]
+
+
+def check(what: str, ours: Any, theirs: Any, tolerance: float) -> None:
+    """Assert that two results agree, and print by how much they do not."""
+    error = parity_error(ours, theirs)
+    print(f"parity {what}: {error:.1e}")
+    assert error <= tolerance, f"{what}: {error:.2e} > {tolerance:g}"
+
+
+def check_all(
+    what: str, ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], tolerance: float
+) -> None:
+    """The same for named arrays: as many, under the same names."""
+    assert ours.keys() == theirs.keys()
+    errors = {name: parity_error(ours[name], theirs[name]) for name in ours}
+    worst = max(errors, key=lambda name: errors[name])
+    print(f"parity {what}: {errors[worst]:.1e} at {worst}")
+    assert errors[worst] <= tolerance, f"{what}, {worst}: {errors[worst]:.2e} > {tolerance:g}"
+
+
+class Jax:
+    """JAX, compiled."""
+
+    name = "jax"
+
+    def module(self, path: str) -> Any:
+        return importlib.import_module(f"jax_impl.{path}")
+
+    def rngs(self, seed: int) -> Any:
+        from flax import nnx
+
+        return nnx.Rngs(seed)
+
+    def array(self, values: Any) -> Any:
+        import jax.numpy as jnp
+
+        return jnp.asarray(values)
+
+    def stack(self, values: Sequence[Any]) -> Any:
+        import jax.numpy as jnp
+
+        return jnp.stack(values)
+
+    def values(self, function: Function) -> Callable[..., Arrays]:
+        """`function` of arrays as one of NumPy arrays; its results flattened."""
+        import jax
+
+        compiled = jax.jit(function)
+        return lambda *inputs: [
+            np.asarray(x, np.float64) for x in jax.tree.leaves(compiled(*map(self.array, inputs)))
+        ]
+
+    def gradients(self, function: Function, wrt: Sequence[int] = (0,)) -> Callable[..., list[Arrays]]:
+        """For each number that `function` returns, its gradients by the arguments `wrt`."""
+        import jax
+
+        compiled = jax.jit(jax.jacrev(lambda *x: jax.tree.leaves(function(*x)), argnums=tuple(wrt)))
+        return lambda *inputs: [
+            [np.asarray(x, np.float64) for x in row] for row in compiled(*map(self.array, inputs))
+        ]
+
+    def parameters(self, model: Any) -> dict[str, np.ndarray]:
+        """Parameters under their checkpoint keys, in the checkpoint's layout."""
+        from flax import nnx
+
+        return self._keyed(nnx.state(model, nnx.Param))
+
+    def set_parameters(self, model: Any, values: dict[str, np.ndarray]) -> None:
+        from flax import nnx
+
+        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+            key, transform = keymap.to_checkpoint(path)
+            variable[...] = self.array(keymap.apply(transform, values[key].astype(np.float32)))
+
+    def model_gradients(self, model: Any, function: Function, *inputs: Any) -> dict[str, np.ndarray]:
+        """Gradients of `function(model, *inputs)`, a number, by every parameter."""
+        import jax
+        from flax import nnx
+
+        graphdef, state = nnx.split(model)
+        found = jax.jit(jax.grad(lambda s, *x: function(nnx.merge(graphdef, s), *x)))(
+            state, *map(self.array, inputs)
+        )
+        return self._keyed(found)
+
+    def _keyed(self, state: Any) -> dict[str, np.ndarray]:
+        from flax import nnx
+
+        keyed = {}
+        for path, variable in nnx.to_flat_state(state):
+            key, transform = keymap.to_checkpoint(path)
+            keyed[key] = keymap.apply(transform, np.asarray(variable[...], np.float64))
+        return keyed
+
+
+class Mlx:
+    """MLX, eager."""
+
+    name = "mlx"
+
+    def module(self, path: str) -> Any:
+        return importlib.import_module(f"mlx_impl.{path}")
+
+    def rngs(self, seed: int) -> Any:
+        return self.module("models.layers").Rngs(seed)
+
+    def array(self, values: Any) -> Any:
+        import mlx.core as mx
+
+        values = np.asarray(values)
+        narrow = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32}.get(values.dtype)
+        return mx.array(values if narrow is None else values.astype(narrow))
+
+    def stack(self, values: Sequence[Any]) -> Any:
+        import mlx.core as mx
+
+        return mx.stack(list(values))
+
+    def values(self, function: Function) -> Callable[..., Arrays]:
+        return lambda *inputs: self._leaves(function(*map(self.array, inputs)))
+
+    def gradients(self, function: Function, wrt: Sequence[int] = (0,)) -> Callable[..., list[Arrays]]:
+        import mlx.core as mx
+        from mlx.utils import tree_flatten
+
+        def of(number: int, inputs: Sequence[Any]) -> Arrays:
+            gradient = mx.grad(lambda *x: tree_flatten(function(*x))[number][1], argnums=list(wrt))
+            return self._leaves(gradient(*inputs))
+
+        def all_of(*inputs: Any) -> list[Arrays]:
+            arrays = [self.array(x) for x in inputs]
+            return [of(number, arrays) for number in range(len(tree_flatten(function(*arrays))))]
+
+        return all_of
+
+    def parameters(self, model: Any) -> dict[str, np.ndarray]:
+        return self._keyed(model.parameters())
+
+    def set_parameters(self, model: Any, values: dict[str, np.ndarray]) -> None:
+        model.load_weights([(key, self.array(value)) for key, value in values.items()])
+
+    def model_gradients(self, model: Any, function: Function, *inputs: Any) -> dict[str, np.ndarray]:
+        import mlx.nn as nn
+
+        gradient = nn.value_and_grad(model, lambda *x: function(model, *x))
+        return self._keyed(gradient(*map(self.array, inputs))[1])
+
+    def _keyed(self, tree: Any) -> dict[str, np.ndarray]:
+        from mlx.utils import tree_flatten
+
+        return {key: np.array(value).astype(np.float64) for key, value in tree_flatten(tree)}
+
+    def _leaves(self, tree: Any) -> Arrays:
+        return list(self._keyed(tree).values())
+
+
+Backend = Jax | Mlx
+
+
+def backend_of(name: str) -> Backend:
+    """The backend of a name; skips the test where MLX is not installed."""
+    if name == "jax":
+        return Jax()
+    pytest.importorskip("mlx.core", reason="needs MLX: install the extra `mlx`")
+    return Mlx()
