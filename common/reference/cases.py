@@ -66,6 +66,42 @@ def random_lists(seed: int, width: int = 4) -> ListCase:
     )
 
 
+@dataclass(frozen=True)
+class EncoderCase:
+    """A tiny encoder and a batch for it. `config` are numbers of a BERT checkpoint's config.json."""
+
+    config: dict[str, Any]
+    input_ids: NDArray[np.int32]  # [N, S] within the vocabulary, random at padding too
+    sides: NDArray[np.int8]  # [N, S] 0 padding, 1 query, 2 passage; the last row is padding alone
+
+
+def random_encoder(seed: int, vocabulary: int, hidden_act: str = "gelu") -> EncoderCase:
+    """One or two layers of up to four heads; rows of every length, one of them without a passage."""
+    rng = np.random.default_rng(seed)
+    heads, per_head = int(rng.integers(1, 5)), int(rng.integers(4, 9))
+    rows, length = int(rng.integers(3, 6)), int(rng.integers(4, 24))
+    queries = rng.integers(1, length, rows)  # tokens of the query's side
+    lengths = rng.integers(queries, length + 1)  # tokens of both
+    lengths[0] = length
+    lengths[-2], queries[-1], lengths[-1] = queries[-2], 0, 0
+    place = np.arange(length)
+    sides = (place < lengths[:, None]).astype(np.int8) + (
+        (place >= queries[:, None]) & (place < lengths[:, None])
+    )
+    config = {
+        "vocab_size": vocabulary,
+        "hidden_size": heads * per_head,
+        "num_attention_heads": heads,
+        "num_hidden_layers": int(rng.integers(1, 3)),
+        "intermediate_size": int(rng.integers(8, 48)),
+        "layer_norm_eps": float(10 ** rng.uniform(-12, -3)),
+        "hidden_act": hidden_act,
+    }
+    # Not 0: transformers keeps the gradient of the padding token at 0.
+    ids = rng.integers(1, vocabulary, (rows, length), dtype=np.int32)
+    return EncoderCase(config, ids, sides.astype(np.int8))
+
+
 def random_states(rng: np.random.Generator, *shape: int) -> tuple[Array, Array]:
     """Unit states drawn uniformly, (re, im) each `shape`, the last axis being C."""
     re, im = rng.normal(size=shape), rng.normal(size=shape)

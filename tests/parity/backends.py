@@ -37,6 +37,17 @@ def check_all(
     assert errors[worst] <= tolerance, f"{what}, {worst}: {errors[worst]:.2e} > {tolerance:g}"
 
 
+def mix(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Random weights, so that a gradient sees every number of an output."""
+    return rng.normal(size=shape) / np.sqrt(max(1, np.prod(shape)))
+
+
+def mixed(backend: Backend, outputs: Sequence[Any], seed: int) -> Any:
+    """The sum of all outputs under `mix`."""
+    rng = np.random.default_rng(seed)
+    return sum((backend.array(mix(output.shape, rng)) * output).sum() for output in outputs)
+
+
 class Jax:
     """JAX, compiled."""
 
@@ -91,16 +102,25 @@ class Jax:
             key, transform = keymap.to_checkpoint(path)
             variable[...] = self.array(keymap.apply(transform, values[key].astype(np.float32)))
 
-    def model_gradients(self, model: Any, function: Function, *inputs: Any) -> dict[str, np.ndarray]:
-        """Gradients of `function(model, *inputs)`, a number, by every parameter."""
+    def results(
+        self, model: Any, function: Function, seed: int, *inputs: Any
+    ) -> tuple[Arrays, dict[str, np.ndarray]]:
+        """The list of arrays `function(model, *inputs)`, and the gradient of their `mixed` sum by every
+        parameter."""
         import jax
         from flax import nnx
 
         graphdef, state = nnx.split(model)
-        found = jax.jit(jax.grad(lambda s, *x: function(nnx.merge(graphdef, s), *x)))(
-            state, *map(self.array, inputs)
-        )
-        return self._keyed(found)
+
+        def total(state: Any, *arrays: Any) -> Any:
+            outputs = function(nnx.merge(graphdef, state), *arrays)
+            return mixed(self, outputs, seed), outputs
+
+        # Compiling takes nearly all the time of a test.
+        quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+        compiled = jax.jit(jax.grad(total, has_aux=True), compiler_options=quick)
+        gradient, outputs = compiled(state, *map(self.array, inputs))
+        return [np.asarray(x, np.float64) for x in outputs], self._keyed(gradient)
 
     def _keyed(self, state: Any) -> dict[str, np.ndarray]:
         from flax import nnx
@@ -158,11 +178,17 @@ class Mlx:
     def set_parameters(self, model: Any, values: dict[str, np.ndarray]) -> None:
         model.load_weights([(key, self.array(value)) for key, value in values.items()])
 
-    def model_gradients(self, model: Any, function: Function, *inputs: Any) -> dict[str, np.ndarray]:
+    def results(
+        self, model: Any, function: Function, seed: int, *inputs: Any
+    ) -> tuple[Arrays, dict[str, np.ndarray]]:
         import mlx.nn as nn
 
-        gradient = nn.value_and_grad(model, lambda *x: function(model, *x))
-        return self._keyed(gradient(*map(self.array, inputs))[1])
+        def total(*arrays: Any) -> Any:
+            outputs = function(model, *arrays)
+            return mixed(self, outputs, seed), outputs
+
+        (_, outputs), gradient = nn.value_and_grad(model, total)(*map(self.array, inputs))
+        return self._leaves(outputs), self._keyed(gradient)
 
     def _keyed(self, tree: Any) -> dict[str, np.ndarray]:
         from mlx.utils import tree_flatten

@@ -11,7 +11,7 @@ import pytest
 from common.reference import losses as reference
 from common.reference import projector as reference_projector
 from common.reference.cases import ListCase, float32_exact, numeric_gradient, parity_error, random_lists
-from tests.parity.backends import LOSS_TOLERANCE, Backend, check
+from tests.parity.backends import LOSS_TOLERANCE, Backend, check, mix, mixed
 
 CASES = 5
 
@@ -257,7 +257,7 @@ def test_projector_resonance_and_fidelity_with_their_gradients(
     drawn = {name: float32_exact(value + rng.normal(0, 0.5, value.shape)) for name, value in start.items()}
     backend.set_parameters(projector, drawn)
     query, passage = float32_exact(rng.normal(size=(2, 3, 5)))
-    mix = float32_exact(rng.normal(size=(4, 3)))
+    weights = float32_exact(mix((4, 3), np.random.default_rng(seed)))
     share = float32_exact(rng.dirichlet(np.ones(blocks)))
 
     def ours(projector: Any, query: Any, passage: Any) -> Any:
@@ -269,25 +269,23 @@ def test_projector_resonance_and_fidelity_with_their_gradients(
         )
         return backend.stack(parts)
 
-    def mixed(projector: Any, query: Any, passage: Any) -> Any:
-        return (backend.array(mix) * ours(projector, query, passage)).sum()
-
     def theirs(query: np.ndarray, passage: np.ndarray, **changed: np.ndarray) -> np.ndarray:
         return reference_outputs(drawn | changed, blocks, query, passage, share)
 
     label = f"{backend.name} {parameterisation} projector"
-    found = backend.values(lambda *x: ours(projector, *x))(query, passage)[0]
+    (found,), by_weights = backend.results(projector, lambda *x: [ours(*x)], seed, query, passage)
     check(label, found, theirs(query, passage), LOSS_TOLERANCE)
-    ((by_query, by_passage),) = backend.gradients(lambda *x: mixed(projector, *x), (0, 1))(query, passage)
-    expected = numeric_gradient(lambda x: float(np.sum(mix * theirs(x, passage))), query)
+    ((by_query, by_passage),) = backend.gradients(
+        lambda *x: mixed(backend, [ours(projector, *x)], seed), (0, 1)
+    )(query, passage)
+    expected = numeric_gradient(lambda x: float(np.sum(weights * theirs(x, passage))), query)
     check(f"{label} gradient by query", by_query, expected, LOSS_TOLERANCE)
-    expected = numeric_gradient(lambda x: float(np.sum(mix * theirs(query, x))), passage)
+    expected = numeric_gradient(lambda x: float(np.sum(weights * theirs(query, x))), passage)
     check(f"{label} gradient by passage", by_passage, expected, LOSS_TOLERANCE)
-    by_weights = backend.model_gradients(projector, mixed, query, passage)
     assert by_weights.keys() == drawn.keys()
     for name, gradient in by_weights.items():
 
         def moved(x: np.ndarray, name: str = name) -> float:
-            return float(np.sum(mix * theirs(query, passage, **{name: x})))
+            return float(np.sum(weights * theirs(query, passage, **{name: x})))
 
         check(f"{label} gradient by {name}", gradient, numeric_gradient(moved, drawn[name]), LOSS_TOLERANCE)
