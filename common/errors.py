@@ -20,10 +20,16 @@ def listed(problems: list[str], limit: int = 20) -> str:
     return shown + (f"\n  ... and {more} more" if more > 0 else "")
 
 
+# what MLX says in a plain RuntimeError
+_MLX_MEMORY = ("[malloc] Unable to allocate", "] Attempting to allocate", "Insufficient Memory")
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on the host or on a device."""
     if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
         return "RESOURCE_EXHAUSTED" in str(error) or "ut of memory" in str(error)
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _MLX_MEMORY):
+        return True
     return isinstance(error, MemoryError)
 
 

@@ -14,13 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Files of one tree alone.
-JAX_ONLY_FILES: set[str] = {
-    "training/__init__.py",  # not built in MLX yet, as the four below
-    "training/loop.py",
-    "training/optimizer.py",
-    "training/state.py",
-    "training/step.py",
-}
+JAX_ONLY_FILES: set[str] = set()
 MLX_ONLY_FILES = {
     "models/layers.py",  # what flax.nnx brings: seeded layers with a computation dtype
 }

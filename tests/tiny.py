@@ -148,15 +148,19 @@ def random_tensors(config: dict[str, Any], seed: int, head: bool) -> dict[str, n
 
 
 def train(
-    config: RerankerConfig, runs: Path, *, fresh: bool = False, say: Callable[[str], None] = print
+    config: RerankerConfig,
+    runs: Path,
+    *,
+    fresh: bool = False,
+    say: Callable[[str], None] = print,
+    backend: str = "jax",
 ) -> dict[str, Any]:
     """What the training command does before it evaluates: prepare, then train or resume."""
-    from common.backends import load_encoder
+    from common.backends import load_encoder, load_trainer
     from common.prepare import prepare
     from common.runs import RunFolder
-    from jax_impl.training.loop import train_reranker
 
-    prepared = prepare(config, load_encoder(config.model.base, "jax", say=say), say=say)
+    prepared = prepare(config, load_encoder(config.model.base, backend, say=say), say=say)
     folder = RunFolder.create(
         runs,
         config.name,
@@ -165,7 +169,7 @@ def train(
         data_fingerprint=prepared.data.training_fingerprint,
     )
     with folder:
-        return train_reranker(config, prepared, folder, say=say)
+        return load_trainer(backend)(config, prepared, folder, say=say)
 
 
 def command(config: RerankerConfig, runs: Path) -> list[str]:

@@ -1,0 +1,162 @@
+"""What the training loops of both backends share: dev evaluation, the length of a run, its card, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from common.backends import Scores
+from common.config import RerankerConfig
+from common.data.records import Qrels, Run
+from common.errors import UserError, out_of_memory
+from common.metrics.calibration import Confidence, confidence_features
+from common.metrics.ranking import evaluate_run, mean, ranked
+from common.prepare import Prepared, dev_queries
+from common.retrieval.fusion import choose_omega
+from common.text import Encoded, PairTokenizer
+
+LOG_EVERY = 10  # steps between lines of the log, and between looks for NaN
+COLLAPSED_SPREAD = 1e-3  # mean spread of a query's scores below which a reranker says nothing
+MIN_CONFIDENCE_QUERIES = 20  # dev queries below which no confidence is fitted
+
+
+@dataclasses.dataclass(frozen=True)
+class DevResult:
+    """What dev says of the parameters at one moment."""
+
+    metric: float  # of the reranker alone
+    fused: float  # with the best fusion weight
+    portable: float  # of the portable score
+    fusion_weight: float
+    spread: float  # mean standard deviation of a query's scores
+    confidence: Confidence | None
+
+
+class EncodedScorer(Protocol):
+    """A Scorer that takes pairs which are tokens already."""
+
+    def score_encoded(self, encodeds: Sequence[Encoded]) -> Scores: ...
+
+
+class DevSet:
+    """The dev queries' candidates, tokenized once; `baseline` is the first stage's metric."""
+
+    def __init__(self, config: RerankerConfig, prepared: Prepared, tokenizer: PairTokenizer) -> None:
+        settings = config.evaluation
+        self.settings = settings
+        judged = prepared.data.split(config.data.dev_split)
+        queries = dev_queries(judged, settings.dev_queries)
+        depth = None if settings.candidates == "judged" else settings.dev_depth
+        self.qrels: Qrels = {query: judged[query] for query in queries}
+        stage = prepared.dev[prepared.first_stage]
+        self.first: Run = {
+            query: {passage: stage[query][passage] for passage in ranked(stage[query], depth)}
+            for query in queries
+            if stage.get(query)
+        }
+        self.baseline = mean(evaluate_run(self.first, self.qrels, (settings.metric,))[settings.metric])
+        pairs = [(query, passage) for query, run in self.first.items() for passage in run]
+        data = prepared.data
+        self._encoded = tokenizer.encode_pairs(
+            [data.queries[query] for query, _ in pairs], [data.corpus[passage] for _, passage in pairs]
+        )
+
+    def evaluate(self, scorer: EncodedScorer) -> DevResult:
+        """Rank the candidates by a scorer, alone and fused, and fit its confidence."""
+        scores = scorer.score_encoded(self._encoded)
+        run: Run = {}
+        portable: Run = {}
+        features, correct, spread, start = [], [], [], 0
+        for query, passages in self.first.items():
+            rows = slice(start, start + len(passages))
+            start += len(passages)
+            values = scores.score[rows]
+            run[query] = dict(zip(passages, map(float, values), strict=True))
+            portable[query] = dict(zip(passages, map(float, scores.portable[rows]), strict=True))
+            features.append(confidence_features(values, scores.resonance[rows]))
+            best = ranked(run[query], 1)[0]
+            correct.append(self.qrels[query].get(best, 0) > 0)
+            spread.append(float(np.std(values)))
+        metric = self.settings.metric
+        omega, table = choose_omega(self.first, run, self.qrels, self.settings.fusion_grid, metric)
+        enough = len(correct) >= MIN_CONFIDENCE_QUERIES and 0 < sum(correct) < len(correct)
+        confidence = Confidence.fit(np.asarray(features), np.asarray(correct)) if enough else None
+        alone = mean(evaluate_run(portable, self.qrels, (metric,))[metric])
+        return DevResult(table[0.0], table[omega], alone, omega, float(np.mean(spread)), confidence)
+
+
+def planned_steps(config: RerankerConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of a run: `epochs` of the lists, at least `min_steps`, at most `max_steps`."""
+    train = config.train
+    wanted = round(train.epochs * steps_per_epoch) if train.epochs else train.max_steps or 0
+    wanted = max(1, wanted, train.min_steps)
+    return min(wanted, train.max_steps or wanted)
+
+
+def model_card(config: RerankerConfig, settings: Mapping[str, Any], training: dict[str, Any]) -> str:
+    """README.md of a checkpoint directory: what it is, how to load it, what was measured."""
+    dev, data = training["dev"], training["data"]
+    metric = config.evaluation.metric
+    return f"""---
+library_name: sentence-transformers
+pipeline_tag: text-ranking
+base_model: {config.model.base}
+---
+# {config.name}
+
+A quantum-resonance reranker (cross-encoder), fine-tuned from `{config.model.base}` (start:
+{settings["start"]}) on `{data["name"]}` (fingerprint {data["fingerprint"]}), step {training["step"]}.
+
+| dev, {dev["queries"]} queries, top {dev["depth"]} of {dev["first_stage_name"]} | {metric} |
+|---|---|
+| first stage | {dev["first_stage"]:.4f} |
+| reranked | {dev[metric]:.4f} |
+| reranked and fused, weight {settings["fusion_weight"]} | {dev["fused"]:.4f} |
+
+These queries chose the checkpoint and the weight; measure a test split with `scripts/evaluate.py`.
+
+`scripts/rerank.py --model DIR` uses the full score. `sentence_transformers.CrossEncoder(DIR)` and others
+load the portable score, the linear classifier distilled from it.
+"""
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[list[bool]]:
+    """A flag that Ctrl-C or SIGTERM sets; a second Ctrl-C interrupts at once."""
+    stop = [False]
+
+    def request(number: int, _frame: object) -> None:
+        if stop[0]:
+            raise KeyboardInterrupt
+        stop[0] = True
+
+    wanted = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, request) for number in wanted}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def explained(config: RerankerConfig) -> Iterator[None]:
+    """Turn running out of memory into the settings that lower it."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        text = str(error)
+        train, data = config.train, config.data
+        raise UserError(
+            f"out of memory: raise --train.micro-batches (now {train.micro_batches}), which keeps the "
+            f"result, or lower --train.batch-size ({train.batch_size}), --data.list-size ({data.list_size}), "
+            f"or --data.max-passage-tokens ({data.max_passage_tokens}); or set --model.use-lora. "
+            f"Then start --fresh or with another --name. ({text.splitlines()[0] if text else 'host memory'})"
+        ) from error
