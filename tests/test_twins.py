@@ -27,10 +27,21 @@ RENAMED = {
 # Names of one tree alone, as "file: name".
 JAX_ONLY = {
     "models/bert.py: product",  # a gradient written for XLA's CPU; in MLX `@`
+    "training/loop.py: Trainer.mesh",  # one device holds a Mac's arrays
+    # JAX's step is a pure function of a state; MLX's changes the model and the optimizer it was made for
+    "training/step.py: TrainState.learned",
+    "training/step.py: TrainState.fixed",
+    "training/step.py: make_step(graphdef)",
+    "training/step.py: make_step(optimizer)",
+    "training/step.py: make_step(placed)",
 }
 MLX_ONLY = {
     "models/bert.py: MASKED",  # JAX adds the least float32, which a fused kernel may turn into NaN
     "models/dropout.py: fold_in",  # jax.random has it
+    "training/optimizer.py: global_norm",  # optax has it
+    "training/step.py: TrainState.model",  # as above
+    "training/step.py: TrainState.arrays",
+    "training/step.py: make_step(state)",
 }
 
 

@@ -20,8 +20,8 @@ from common.errors import UserError
 from mlx_impl.training.step import TrainState
 
 KEPT = 2
-PARTS = ("model.safetensors", "optimizer.safetensors")  # in the order of TrainState.arrays
-NOTES_FILE = "notes.json"
+_PARTS = ("model.safetensors", "optimizer.safetensors")  # in the order of TrainState.arrays
+_NOTES_FILE = "notes.json"
 _PARTIAL = ".partial-"
 
 
@@ -45,9 +45,9 @@ class StateFolder:
         partial = self.directory / f"{_PARTIAL}{step}"
         try:
             partial.mkdir(parents=True)
-            for name, tree in zip(PARTS, state.arrays(), strict=True):
+            for name, tree in zip(_PARTS, state.arrays(), strict=True):
                 write_file(partial / name, _tensor_bytes(tree))
-            write_file(partial / NOTES_FILE, to_json(notes))
+            write_file(partial / _NOTES_FILE, to_json(notes))
             _sync(partial)
             partial.rename(self.directory / str(step))  # a reader sees a whole state or none
             _sync(self.directory)
@@ -67,9 +67,9 @@ class StateFolder:
         assert step is not None
         folder = self.directory / str(step)
         try:
-            notes = read_json(folder / NOTES_FILE)
-            found = [read_tensors(folder / name) for name in PARTS]
-            for tensors, tree, name in zip(found, like.arrays(), PARTS, strict=True):
+            notes = read_json(folder / _NOTES_FILE)
+            found = [read_tensors(folder / name) for name in _PARTS]
+            for tensors, tree, name in zip(found, like.arrays(), _PARTS, strict=True):
                 expected = {key: tuple(value.shape) for key, value in _leaves(tree).items()}
                 shapes = {key: value.shape for key, value in tensors.items()}
                 check_keys(expected, shapes, where=folder / name)

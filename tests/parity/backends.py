@@ -122,6 +122,18 @@ class Jax:
         gradient, outputs = compiled(state, *map(self.array, inputs))
         return [np.asarray(x, np.float64) for x in outputs], self._keyed(gradient)
 
+    def tree(self, model: Any) -> Any:
+        """The tree of a model's parameters as the optimizer has it."""
+        from flax import nnx
+
+        return nnx.state(model, nnx.Param)
+
+    def named(self, tree: Any) -> dict[str, Any]:
+        """The leaves of such a tree under their checkpoint keys."""
+        from flax import nnx
+
+        return {keymap.to_checkpoint(path)[0]: leaf.get_value() for path, leaf in nnx.to_flat_state(tree)}
+
     def _keyed(self, state: Any) -> dict[str, np.ndarray]:
         from flax import nnx
 
@@ -189,6 +201,14 @@ class Mlx:
 
         (_, outputs), gradient = nn.value_and_grad(model, total)(*map(self.array, inputs))
         return self._leaves(outputs), self._keyed(gradient)
+
+    def tree(self, model: Any) -> Any:
+        return model.parameters()
+
+    def named(self, tree: Any) -> dict[str, Any]:
+        from mlx.utils import tree_flatten
+
+        return dict(tree_flatten(tree))
 
     def _keyed(self, tree: Any) -> dict[str, np.ndarray]:
         from mlx.utils import tree_flatten

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.config import ModelConfig, RerankerConfig
+from common.config import ModelConfig, RerankerConfig, TrainConfig
 from common.reference.cases import float32_exact, parity_error
 from common.schedule import phase_at
 from tests.parity.backends import LOSS_TOLERANCE, Backend, Jax, Mlx, backend_of, check, check_all
@@ -196,3 +196,31 @@ def test_ten_steps_under_dropout_are_the_same_too(world: World, runs: Any, seed:
     config = recipe(world, "resonance", hidden_dropout=0.1, attention_dropout=0.1)
     made = runs(world, config, seed)
     compare_trajectories("resonance under dropout", made, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize(("steps", "warmup"), [(10, 0.2), (5, 0.0), (1, 0.9)])
+def test_rates_are_the_same_at_every_step(twins: Twins, schedule: Any, steps: int, warmup: float) -> None:
+    config = TrainConfig(learning_rate=0.5, schedule=schedule, warmup=warmup)
+    rates = []
+    for backend in twins:
+        rate = backend.module("training.optimizer").learning_rate(config, steps)
+        rates.append([float(rate(step)) for step in range(steps + 2)])
+    check(f"{schedule} rate", *rates, 1e-6)
+    assert max(rates[0]) == pytest.approx(0.5)
+
+
+def test_the_same_parameters_decay_and_belong_to_the_portable_score(twins: Twins, world: World) -> None:
+    chosen = []
+    for backend in twins:
+        model = backend.module("loading").load_cross_encoder(world.base, ModelConfig()).model
+        backend.module("models.lora").add_lora(model.bert.encoder, 2, 4.0, ("query",), rngs=backend.rngs(0))
+        optimizer = backend.module("training.optimizer")
+        trees = [choose(backend.tree(model)) for choose in (optimizer.decayed, optimizer.portable)]
+        chosen.append([{key for key, value in backend.named(tree).items() if value} for tree in trees])
+    assert chosen[0] == chosen[1]
+    decayed, portable = chosen[0]
+    assert "bert.encoder.layer.0.attention.self.query.lora_a" in decayed and "resonance.u" not in decayed
+    assert portable == {
+        f"{name}.{x}" for name in ("bert.pooler.dense", "classifier") for x in ("weight", "bias")
+    }
