@@ -61,9 +61,9 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(PINNED) -e '.[dev]'
+	$(PINNED) -e '.[dev,mlx]'
 	@touch $@
 
 $(VENV)/.peers: $(VENV)/.dev
-	$(PINNED) -e '.[dev,peers]'
+	$(PINNED) -e '.[dev,mlx,peers]'
 	@touch $@

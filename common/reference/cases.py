@@ -94,7 +94,7 @@ def random_encoder(seed: int, vocabulary: int, hidden_act: str = "gelu") -> Enco
         "num_attention_heads": heads,
         "num_hidden_layers": int(rng.integers(1, 3)),
         "intermediate_size": int(rng.integers(8, 48)),
-        "layer_norm_eps": float(10 ** rng.uniform(-12, -3)),
+        "layer_norm_eps": float(10 ** rng.uniform(-3.5, -1.5)),  # far from every default: a wrong one shows
         "hidden_act": hidden_act,
     }
     # Not 0: transformers keeps the gradient of the padding token at 0.
