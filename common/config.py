@@ -146,7 +146,7 @@ class TrainConfig:
     attention_dropout: float = 0.0
     """Off by default."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the computation; `auto` is bfloat16 for JAX on GPU and float32 elsewhere. Parameters stay float32."""
+    """Of the computation; `auto` is bfloat16 for JAX on GPU, float32 elsewhere. Parameters stay float32."""
     seed: int = 0
     evaluations: int = 3
     """How often dev is scored during training, evenly spaced, the end included."""
