@@ -135,7 +135,7 @@ def test_losses_of_a_teacher_and_their_gradients(backend: Backend, name: str, se
         assert parity_error(numeric_gradient(plain, padded), by_hand) < 1e-6
 
 
-def near_the_hinge(case: ListCase, margin: float) -> bool:
+def near_the_hinge(case: ListCase, margin: float, query_index: np.ndarray | None) -> bool:
     """Whether a pair lies within 1e-4 of the margin, where the entanglement loss has no gradient."""
     nudged = [
         reference.entanglement_loss(
@@ -145,26 +145,28 @@ def near_the_hinge(case: ListCase, margin: float) -> bool:
             case.mask,
             case.related,
             margin + step,
-            case.query_index,
+            query_index,
         )[1][0]
         for step in (-1e-4, 0.0, 1e-4)
     ]
     return abs(nudged[0] - 2 * nudged[1] + nudged[2]) > 1e-9
 
 
-def test_entanglement_and_its_gradient(backend: Backend, seed: int) -> None:
+@pytest.mark.parametrize("indexed", [True, False])
+def test_entanglement_and_its_gradient(backend: Backend, indexed: bool, seed: int) -> None:
     rng = np.random.default_rng(seed)
     ours = backend.module("losses.quantum").entanglement_loss
     compared, redrawn = 0, 0
     while compared < 2:
         case = random_lists(int(rng.integers(2**32)), width=3)
         margin = float32_exact(rng.uniform(-0.3, 0.5))
-        if near_the_hinge(case, float(margin)):
+        query_index = case.query_index if indexed else None
+        if near_the_hinge(case, float(margin), query_index):
             redrawn += 1
             continue
         compared += 1
         states = case.query_re, case.query_im
-        data = case.labels, case.mask, case.related, margin, case.query_index
+        data = case.labels, case.mask, case.related, margin, *([query_index] if indexed else [])
         expected = flat(reference.entanglement_loss(*states, *data))
         check(
             f"{backend.name} entanglement",
