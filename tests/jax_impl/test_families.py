@@ -1,0 +1,230 @@
+"""Every family of encoders: transformers' numbers, strict checkpoints, a start, training, saving.
+
+The oracle is transformers itself; each test runs for each family.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from common.config import ModelConfig
+from common.errors import UserError
+from common.keymap import FAMILIES
+from jax_impl.loading import MODELS, load_bi_encoder, load_cross_encoder, model_tensors
+from jax_impl.scoring import load_encoder, load_scorer
+from tests.families import CLASSES, OTHER_HEADS, tiny_sizes, write_checkpoint
+from tests.tiny import FILLER, World, train
+
+torch = pytest.importorskip("torch", reason="the oracle needs torch: install the extra `peers`")
+transformers = pytest.importorskip("transformers")
+
+TOLERANCE = 1e-4  # float32
+QUERIES = ["bano luro", "kino", "bano"]
+PASSAGES = [" ".join(FILLER[:9]), "luro kino", "dorax"]
+
+# what can be drawn beside the sizes: family -> setting -> values
+VARIANTS: dict[str, dict[str, list[Any]]] = {
+    "bert": {"hidden_act": ["gelu", "gelu_new", "relu"], "layer_norm_eps": [1e-12, 1e-5]},
+    "deberta-v2": {
+        "pos_att_type": [["c2p", "p2c"], ["p2c"], ["c2p"], "c2p|p2c", []],
+        "share_att_key": [True, False],
+        "norm_rel_ebd": ["layer_norm", "none"],
+        "position_buckets": [12, 16, -1],
+        "max_relative_positions": [-1, 40],
+        "type_vocab_size": [0, 2],
+        "pooler_hidden_act": ["gelu", "relu"],
+    },
+    "distilbert": {"activation": ["gelu", "relu"], "sinusoidal_pos_embds": [False, True]},
+    "electra": {"hidden_act": ["gelu", "gelu_new"], "layer_norm_eps": [1e-12, 1e-5]},
+    "roberta": {"hidden_act": ["gelu", "relu"], "layer_norm_eps": [1e-12, 1e-5]},
+    "xlm-roberta": {"hidden_act": ["gelu", "relu"], "layer_norm_eps": [1e-12, 1e-5]},
+}
+every_family = pytest.mark.parametrize("family", list(FAMILIES))
+
+
+def test_every_family_of_the_key_table_has_a_model_and_a_test() -> None:
+    assert FAMILIES.keys() == MODELS.keys() == CLASSES.keys() == VARIANTS.keys() == OTHER_HEADS.keys()
+
+
+def random_settings(family: str, rng: np.random.Generator) -> dict[str, Any]:
+    heads, per_head = int(rng.integers(1, 5)), 2 * int(rng.integers(2, 7))
+    settings = tiny_sizes(
+        family,
+        width=heads * per_head,
+        heads=heads,
+        layers=int(rng.integers(1, 4)),
+        inner=int(rng.integers(8, 80)),
+    )
+    return settings | {name: values[rng.integers(len(values))] for name, values in VARIANTS[family].items()}
+
+
+def call(model: nnx.Module, *inputs: Any) -> Any:
+    graphdef, state = nnx.split(model)
+    return jax.jit(lambda s, *x: nnx.merge(graphdef, s)(*x))(state, *map(jnp.asarray, inputs))
+
+
+def random_pairs(family: str, config: Any, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [N, S] and sides [N, S] of pairs of random lengths, the longest unpadded."""
+    rows, length = int(rng.integers(2, 6)), int(rng.integers(4, 70))
+    lengths = np.append(rng.integers(2, length + 1, rows - 1), length)[:, None]
+    place = np.arange(length)
+    sides = np.where(place < lengths, np.where(place < rng.integers(1, lengths), 1, 2), 0)
+    ids = rng.integers(0, config.vocab_size, (rows, length))
+    return np.where(sides > 0, ids, config.pad_token_id), sides
+
+
+@every_family
+@pytest.mark.parametrize("case", range(3))
+def test_random_configurations_agree_with_transformers(
+    seed: int, family: str, case: int, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng((seed, case))
+    settings = random_settings(family, rng)
+    print(settings)
+    base = write_checkpoint(tmp_path / "base", family, seed=seed, **settings)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(base).eval()
+    ids, sides = random_pairs(family, theirs.config, rng)
+    segments = getattr(theirs.config, "type_vocab_size", 0) > 1
+    model = load_cross_encoder(base, ModelConfig(passage_segment=1 if segments else None)).model
+    mask = sides > 0
+    inputs = {"input_ids": ids, "attention_mask": mask.astype(np.int64)}
+    if segments:
+        inputs["token_type_ids"] = (sides == 2).astype(np.int64)
+    with torch.no_grad():
+        out = theirs(**{key: torch.tensor(x) for key, x in inputs.items()}, output_hidden_states=True)
+        hidden = theirs.base_model(**{key: torch.tensor(x) for key, x in inputs.items()})[0].numpy()
+    ours = np.asarray(call(model.encoder, ids, mask, (sides == 2).astype(int)))
+    errors = {
+        "hidden": np.abs(ours - hidden)[mask].max(),
+        "portable": np.abs(np.asarray(call(model, ids, sides).portable) - out.logits[:, 0].numpy()).max(),
+    }
+    print(f"worst error: {family} {errors}")
+    assert max(errors.values()) <= TOLERANCE
+
+
+@every_family
+def test_padding_changes_nothing(seed: int, family: str, tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", family, "Model", seed=seed, **tiny_sizes(family, layers=2))
+    model = load_bi_encoder(base).encoder
+    pad = json.loads((base / "config.json").read_text())["pad_token_id"]
+    ids = np.random.default_rng(seed).integers(5, 100, (1, 20))
+    alone = call(model, ids, np.ones((1, 20), bool))
+    for filling in (pad, 7):
+        padded = np.concatenate((ids, np.full((1, 30), filling)), axis=1)
+        among = call(model, padded, np.arange(50)[None] < 20)[:, :20]
+        assert float(jnp.max(jnp.abs(alone - among))) <= 1e-5
+
+
+@every_family
+def test_a_base_is_strict_both_ways_and_may_carry_the_heads_of_its_family(
+    family: str, tmp_path: Path
+) -> None:
+    for head in OTHER_HEADS[family]:
+        base = write_checkpoint(tmp_path / head, family, head)
+        assert load_cross_encoder(base, ModelConfig()).start == "masked_lm"
+        load_bi_encoder(base)
+    tensors = load_file(base / "model.safetensors")
+    inside = [key for key in tensors if key.startswith(FAMILIES[family].prefix) and "pooler" not in key]
+    gone = inside[len(inside) // 2]
+    tensors["stranger.weight"] = np.zeros(3, np.float32)
+    save_file({key: value for key, value in tensors.items() if key != gone}, base / "model.safetensors")
+    for load in (load_bi_encoder, lambda directory: load_cross_encoder(directory, ModelConfig())):
+        with pytest.raises(UserError) as error:
+            load(base)
+        assert f"missing: {gone} " in str(error.value)
+        assert "unexpected: stranger.weight [3]" in str(error.value)
+        assert len(str(error.value).splitlines()) == 4
+
+
+@every_family
+def test_an_existing_cross_encoder_begins_as_it_was(family: str, seed: int, tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", family, seed=seed)
+    assert load_cross_encoder(base, ModelConfig()).start == "cross_encoder"
+    scores = load_scorer(base).score(QUERIES, PASSAGES)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(base).eval()
+    pairs = transformers.AutoTokenizer.from_pretrained(base)(
+        QUERIES, PASSAGES, padding=True, return_tensors="pt"
+    )
+    if family not in ("bert", "electra"):
+        pairs.pop("token_type_ids", None)
+    with torch.no_grad():
+        logits = theirs(**pairs).logits[:, 0].numpy()
+    np.testing.assert_allclose(scores.score, logits, atol=TOLERANCE)
+    np.testing.assert_allclose(scores.portable, logits, atol=TOLERANCE)
+    assert np.std(logits) > 1e-3
+
+
+@every_family
+def test_a_classifier_of_several_labels_is_refused(family: str, tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", family, num_labels=3)
+    with pytest.raises(UserError, match="classifier has 3 labels, a reranker has 1"):
+        load_cross_encoder(base, ModelConfig())
+
+
+@every_family
+def test_a_family_without_segments_refuses_one(family: str, tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", family, "Model")
+    if family in ("bert", "electra"):
+        assert load_cross_encoder(base, ModelConfig(passage_segment=1)).settings["passage_segment"] == 1
+        return
+    with pytest.raises(UserError, match=r"passage_segment is 1, but the model in .* has no segment above 0"):
+        load_cross_encoder(base, ModelConfig(passage_segment=1))
+
+
+@every_family
+def test_sentence_vectors_are_those_of_sentence_transformers(family: str, seed: int, tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers", reason="install the extra `peers`")
+    base = write_checkpoint(tmp_path / "base", family, "Model", seed=seed)
+    model = library.SentenceTransformer(str(base), device="cpu")  # which adds mean pooling
+    model.save(str(tmp_path / "sentences"))
+    theirs = model.encode(PASSAGES, normalize_embeddings=True)
+    encoder = load_encoder(tmp_path / "sentences")
+    np.testing.assert_allclose(encoder.encode(PASSAGES), theirs, atol=TOLERANCE)
+    loaded = load_cross_encoder(tmp_path / "sentences", ModelConfig())
+    assert loaded.start == "sentence_encoder" and loaded.model.resonance.gamma[...] == 20
+
+
+@every_family
+def test_two_steps_are_trained_and_saved_for_other_libraries(
+    family: str, world: World, seed: int, tmp_path: Path
+) -> None:
+    library = pytest.importorskip("sentence_transformers", reason="install the extra `peers`")
+    base = write_checkpoint(tmp_path / "base", family, "Model", seed=seed)
+    (base / "modules.json").write_text("[]")
+    config = world.config(max_steps=2, evaluations=1, hidden_dropout=0.1, attention_dropout=0.1)
+    config = replace(config, model=replace(config.model, base=str(base)))
+    train(config, tmp_path / "runs", say=lambda text: None)
+    trained = tmp_path / "runs" / "tiny" / "final"
+    before = load_cross_encoder(base, ModelConfig(), seed=config.train.seed).model
+    after = load_cross_encoder(trained, ModelConfig())
+    assert after.start == "resumed" and after.settings["start"] == "sentence_encoder"
+    old, new = model_tensors(before), model_tensors(after.model)
+    assert [key for key in new if (new[key] == old[key]).all()] == ["resonance.b"]  # all else has learned
+    ours = load_scorer(trained).score(QUERIES, PASSAGES)
+    assert np.isfinite(ours.score).all() and np.std(ours.portable) > 1e-3
+    theirs = library.CrossEncoder(str(trained), device="cpu")
+    assert type(theirs.model).__name__ == FAMILIES[family].architecture
+    predicted = theirs.predict(list(zip(QUERIES, PASSAGES, strict=True)), show_progress_bar=False)
+    np.testing.assert_allclose(predicted, ours.portable, atol=TOLERANCE)
+    check_saved_is_strict(trained)
+
+
+def check_saved_is_strict(trained: Path) -> None:
+    tensors = load_file(trained / "model.safetensors")
+    gone = sorted(tensors)[0]
+    tensors["stranger.weight"] = np.zeros(3, np.float32)
+    save_file({key: value for key, value in tensors.items() if key != gone}, trained / "model.safetensors")
+    with pytest.raises(UserError) as error:
+        load_cross_encoder(trained, ModelConfig())
+    assert f"missing: {gone} " in str(error.value)
+    assert "unexpected: stranger.weight [3]" in str(error.value)
