@@ -111,6 +111,13 @@ FAMILIES: Mapping[str, Family] = {
             r"electra\.embeddings\.position_ids",
         ),
     ),
+    "modernbert": Family(
+        architecture="ModernBertForSequenceClassification",
+        prefix="model.",
+        encoder=("embeddings", "layers", "final_norm"),
+        head=("head.dense", "head.norm", "classifier"),
+        foreign=(r"decoder\..*",),
+    ),
     "roberta": _ROBERTA,
     "xlm-roberta": replace(_ROBERTA, architecture="XLMRobertaForSequenceClassification"),
 }

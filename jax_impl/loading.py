@@ -37,6 +37,7 @@ from jax_impl.models.deberta import DebertaV2Config, DebertaV2CrossEncoder, Debe
 from jax_impl.models.distilbert import DistilBertConfig, DistilBertCrossEncoder, DistilBertModel
 from jax_impl.models.electra import ElectraConfig, ElectraCrossEncoder, ElectraModel
 from jax_impl.models.lora import LoRALinear
+from jax_impl.models.modernbert import ModernBertConfig, ModernBertCrossEncoder, ModernBertModel
 from jax_impl.models.roberta import RobertaConfig, RobertaCrossEncoder, RobertaModel
 
 WARM_GAMMA = 20.0  # the scale that sentence-transformers trains cosines with
@@ -51,6 +52,7 @@ MODELS: dict[str, tuple[Any, Any, type[CrossEncoder]]] = {
     "deberta-v2": (DebertaV2Config, DebertaV2Model, DebertaV2CrossEncoder),
     "distilbert": (DistilBertConfig, DistilBertModel, DistilBertCrossEncoder),
     "electra": (ElectraConfig, ElectraModel, ElectraCrossEncoder),
+    "modernbert": (ModernBertConfig, ModernBertModel, ModernBertCrossEncoder),
     "roberta": (RobertaConfig, RobertaModel, RobertaCrossEncoder),
     "xlm-roberta": (RobertaConfig, RobertaModel, RobertaCrossEncoder),
 }

@@ -26,6 +26,7 @@ CLASSES = {
     "deberta-v2": "DebertaV2",
     "distilbert": "DistilBert",
     "electra": "Electra",
+    "modernbert": "ModernBert",
     "roberta": "Roberta",
     "xlm-roberta": "XLMRoberta",
 }
@@ -35,6 +36,7 @@ OTHER_HEADS = {
     "deberta-v2": ["Model", "ForMaskedLM"],
     "distilbert": ["Model", "ForMaskedLM"],
     "electra": ["Model", "ForMaskedLM", "ForPreTraining"],
+    "modernbert": ["Model", "ForMaskedLM"],
     "roberta": ["Model", "ForMaskedLM"],
     "xlm-roberta": ["Model", "ForMaskedLM"],
 }
@@ -91,6 +93,8 @@ def tiny_sizes(
         }
     if family == "electra":
         sizes["embedding_size"] = width // 2
+    if family == "modernbert":  # every second layer reads 5 tokens on either side
+        sizes |= {"local_attention": 10, "global_attn_every_n_layers": 2}
     if family in ("roberta", "xlm-roberta"):
         sizes |= {"type_vocab_size": 1, "layer_norm_eps": 1e-5}
     return sizes
@@ -108,6 +112,13 @@ def byte_pairs(directory: Path) -> tuple[int, int]:
     tokenizer = _byte_level(ROBERTA_TOKENS)
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     return _save(tokenizer, directory, "<pad>")
+
+
+def byte_pairs_of_modernbert(directory: Path) -> tuple[int, int]:
+    """ModernBERT's: byte-level BPE with BERT's template, the padding token not first."""
+    tokenizer = _byte_level(MODERNBERT_TOKENS)
+    _template(tokenizer, "[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]", ("[CLS]", "[SEP]"))
+    return _save(tokenizer, directory, "[PAD]")
 
 
 def unigram(directory: Path) -> tuple[int, int]:
@@ -165,6 +176,7 @@ TOKENIZERS: dict[str, Callable[[Path], tuple[int, int]]] = {
     "deberta-v2": unigram_of_deberta,
     "distilbert": wordpiece,
     "electra": wordpiece,
+    "modernbert": byte_pairs_of_modernbert,
     "roberta": byte_pairs,
     "xlm-roberta": unigram,
 }
