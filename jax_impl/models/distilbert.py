@@ -22,6 +22,7 @@ from jax_impl.models.bert import (
     linear,
     mask_bias,
     merge_heads,
+    require,
     split_heads,
 )
 from jax_impl.models.cross_encoder import CrossEncoder
@@ -48,6 +49,7 @@ class DistilBertConfig(BertConfig):
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Self:
+        require(config, "activation", *ACTIVATIONS)
         return super().from_dict({_SETTINGS.get(key, key): value for key, value in config.items()})
 
 

@@ -46,7 +46,7 @@ def add_lora(
 ) -> list[str]:
     """Replace the linear layers of `encoder` named in `targets` by adapters, in place; returns their paths.
 
-    A pooler is left alone: it belongs to the portable head, which learns in full.
+    Without targets all of them. A pooler is left alone: the portable head learns in full.
     Raises ValueError, which names the layers there are, when a target names no linear layer.
     """
     layers = [
@@ -58,10 +58,9 @@ def add_lora(
     there = sorted({name for *_, name in layers})
     missing = [target for target in targets if target not in there]
     if missing:
-        raise ValueError(
-            f"LoRA targets {missing} name no linear layer of the encoder; it has: {', '.join(there)}"
-        )
-    chosen = [layer for layer in layers if layer[-1] in targets]
+        known = ", ".join(there)
+        raise ValueError(f"LoRA targets {missing} name no linear layer of the encoder; it has: {known}")
+    chosen = [layer for layer in layers if not targets or layer[-1] in targets]
     for _, module, name in chosen:
         setattr(module, name, LoRALinear(getattr(module, name), rank, alpha, rngs=rngs))
     return [".".join(map(str, (*path, name))) for path, _, name in chosen]

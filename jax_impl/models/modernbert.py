@@ -90,10 +90,13 @@ class ModernBertConfig:
 
 
 def rotations(tokens: int, width: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines [S, K/2] of position times frequency, frequencies theta^(-2i/K)."""
-    frequencies = theta ** -(np.arange(0, width, 2) / width)  # [K/2]
-    angles = np.arange(tokens)[:, None] * frequencies  # [S, K/2]
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    """Cosines and sines [S, K/2] of position times frequency, frequencies theta^(-2i/K).
+
+    In float32 throughout, as in pretraining: at position 8,000 exact angles would be 5e-4 away.
+    """
+    exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)  # [K/2]
+    angles = np.arange(tokens, dtype=np.float32)[:, None] / np.float32(theta) ** exponents  # [S, K/2]
+    return np.cos(angles), np.sin(angles)
 
 
 def rotate(x: jax.Array, rotation: tuple[np.ndarray, np.ndarray]) -> jax.Array:

@@ -6,6 +6,8 @@ The oracle is transformers itself; each test runs for each family.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,15 @@ from safetensors.numpy import load_file, save_file
 
 from common.config import ModelConfig
 from common.errors import UserError
+from common.hub import resolve_model
 from common.keymap import FAMILIES
 from jax_impl.loading import MODELS, load_bi_encoder, load_cross_encoder, model_tensors
+from jax_impl.models.deberta import DebertaV2Config, relative_rows
+from jax_impl.models.lora import add_lora, trainable
+from jax_impl.models.modernbert import ModernBertConfig
 from jax_impl.scoring import load_encoder, load_scorer
 from tests.families import CLASSES, OTHER_HEADS, tiny_sizes, write_checkpoint
-from tests.tiny import FILLER, World, train
+from tests.tiny import FILLER, World, environment, train
 
 torch = pytest.importorskip("torch", reason="the oracle needs torch: install the extra `peers`")
 transformers = pytest.importorskip("transformers")
@@ -208,6 +214,37 @@ def test_sentence_vectors_are_those_of_sentence_transformers(family: str, seed: 
 
 
 @every_family
+def test_adapters_cover_the_encoder_and_leave_the_heads_to_learn(family: str, tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", family, "Model")
+    model = load_cross_encoder(base, ModelConfig()).model
+    plain = model_tensors(model)
+    adapted = add_lora(model.encoder, 2, 4.0, (), rngs=nnx.Rngs(0))
+    linears = [key for key in plain if key.startswith(FAMILIES[family].prefix) and "norm" not in key.lower()]
+    weights = [key for key in linears if key.endswith(".weight") and "_embeddings." not in key]
+    names = {f"{FAMILIES[family].prefix}{path}.weight" for path in adapted}
+    assert names == {key for key in weights if "pooler" not in key}
+    learned, _ = nnx.split_state(nnx.state(model, nnx.Param), trainable, ...)
+    full = {".".join(map(str, path)) for path, value in nnx.to_flat_state(learned)
+            if not isinstance(value, nnx.LoRAParam)}  # fmt: skip
+    heads = (*FAMILIES[family].head, "resonance")
+    assert all(name.startswith(heads) for name in full) and len(full) >= 8
+    merged = model_tensors(model)
+    assert merged.keys() == plain.keys()
+    assert all((merged[key] == plain[key]).all() for key in plain)
+
+
+@every_family
+def test_in_bfloat16_the_hidden_states_are_nearly_the_same(family: str, seed: int, tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", family, "Model", seed=seed)
+    ids, mask = np.random.default_rng(seed).integers(5, 100, (2, 16)), np.ones((2, 16), bool)
+    wide = call(load_bi_encoder(base).encoder, ids, mask)
+    narrow = call(load_bi_encoder(base, dtype=jnp.bfloat16).encoder, ids, mask)
+    assert narrow.dtype == jnp.bfloat16
+    assert float(jnp.mean(jnp.abs(narrow - wide)) / jnp.mean(jnp.abs(wide))) < 0.05
+
+
+@every_family
+@pytest.mark.slow
 def test_two_steps_are_trained_and_saved_for_other_libraries(
     family: str, world: World, seed: int, tmp_path: Path
 ) -> None:
@@ -241,3 +278,99 @@ def check_saved_is_strict(trained: Path) -> None:
         load_cross_encoder(trained, ModelConfig())
     assert f"missing: {gone} " in str(error.value)
     assert "unexpected: stranger.weight [3]" in str(error.value)
+
+
+UNSUPPORTED = [
+    ("bert", "position_embedding_type", "relative_key", "'absolute'"),
+    ("roberta", "position_embedding_type", "relative_key_query", "'absolute'"),
+    ("electra", "is_decoder", True, "False"),
+    ("distilbert", "activation", "swish9", "gelu"),
+    ("deberta-v2", "conv_kernel_size", 3, "0"),
+    ("deberta-v2", "relative_attention", False, "True"),
+    ("deberta-v2", "position_biased_input", True, "False"),
+    ("deberta-v2", "embedding_size", 16, "32"),
+    ("deberta-v2", "attention_head_size", 64, "8"),
+    ("deberta-v2", "pos_att_type", ["c2p", "p2p"], "c2p and p2c"),
+    ("deberta-v2", "norm_rel_ebd", "batch_norm", "'layer_norm' or 'none'"),
+    ("modernbert", "layer_types", ["linear_attention"], "'full_attention' or 'sliding_attention'"),
+    ("modernbert", "rope_parameters", {"full_attention": {"rope_type": "yarn"}}, "'default'"),
+    ("modernbert", "classifier_pooling", "max", "'cls' or 'mean'"),
+]
+
+
+@pytest.mark.parametrize(("family", "setting", "value", "allowed"), UNSUPPORTED)
+def test_a_variant_that_is_not_computed_is_refused_by_name(
+    family: str, setting: str, value: Any, allowed: str, tmp_path: Path
+) -> None:
+    base = write_checkpoint(tmp_path / "base", family, "Model")
+    config = json.loads((base / "config.json").read_text()) | {setting: value}
+    (base / "config.json").write_text(json.dumps(config))
+    for load in (load_bi_encoder, lambda directory: load_cross_encoder(directory, ModelConfig())):
+        with pytest.raises(UserError) as error:
+            load(base)
+        named = "rope_type" if setting == "rope_parameters" else setting
+        assert str(error.value).startswith(f"{base / 'config.json'}: {named} is ")
+        assert allowed in str(error.value)
+
+
+@every_family
+def test_pickled_weights_are_refused_and_load_once_converted(family: str, tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", family)
+    expected = load_cross_encoder(base, ModelConfig())
+    weights = load_file(base / "model.safetensors")
+    torch.save({key: torch.tensor(value) for key, value in weights.items()}, base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=rf"python scripts/convert_pickle\.py {base}"):
+        resolve_model(base)
+    script = Path(__file__).resolve().parents[2] / "scripts" / "convert_pickle.py"
+    subprocess.run([sys.executable, str(script), str(base)], check=True, env=environment())
+    found = load_cross_encoder(resolve_model(base), ModelConfig())
+    assert found.start == expected.start == "cross_encoder"
+    tensors, old = model_tensors(found.model), model_tensors(expected.model)
+    assert all((tensors[key] == old[key]).all() for key in old)
+
+
+def test_buckets_of_deberta_v3_are_those_of_transformers() -> None:
+    build = pytest.importorskip("transformers.models.deberta_v2.modeling_deberta_v2").build_relative_position
+    for buckets, farthest, tokens in ((256, 512, 600), (32, 128, 150), (48, 500, 700)):
+        config = DebertaV2Config(position_buckets=buckets, max_relative_positions=farthest)
+        rows = torch.zeros(1, tokens, 1)
+        expected = build(rows, rows, buckets, farthest)[0].numpy() + buckets
+        ours = relative_rows(tokens, config)
+        place = np.arange(tokens)
+        pairs = ours[tokens - 1 - place[:, None] + place]
+        np.testing.assert_array_equal(pairs, np.clip(expected, 0, 2 * buckets - 1))
+
+
+def test_modernbert_reads_the_spelling_of_the_hub_and_that_of_transformers() -> None:
+    old = {
+        "num_hidden_layers": 4,
+        "global_attn_every_n_layers": 3,
+        "global_rope_theta": 160000.0,
+        "local_rope_theta": 9000.0,
+    }
+    full, sliding = "full_attention", "sliding_attention"
+    new = {
+        "num_hidden_layers": 4,
+        "layer_types": [full, sliding, sliding, full],
+        "rope_parameters": {
+            full: {"rope_theta": 160000.0, "rope_type": "default"},
+            sliding: {"rope_theta": 9000.0, "rope_type": "default"},
+        },
+    }
+    assert ModernBertConfig.from_dict(old) == ModernBertConfig.from_dict(new)
+    assert dict(ModernBertConfig.from_dict(old).rope_theta)[sliding] == 9000.0
+
+
+@pytest.mark.parametrize("family", ["deberta-v2", "modernbert"])
+def test_long_texts_agree_with_transformers(family: str, seed: int, tmp_path: Path) -> None:
+    sizes = tiny_sizes(family, width=16, heads=2, layers=2) | {"max_position_embeddings": 1024}
+    base = write_checkpoint(tmp_path / "base", family, "Model", seed=seed, **sizes)
+    ids = np.random.default_rng(seed).integers(5, 100, (1, 1000))
+    theirs = transformers.AutoModel.from_pretrained(base).eval()
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids))[0].numpy()
+    ours = call(load_bi_encoder(base).encoder, ids, np.ones_like(ids))
+    error = float(np.abs(np.asarray(ours) - expected).max())
+    print(f"worst error at 1,000 tokens: {family} {error}")
+    assert error <= TOLERANCE
