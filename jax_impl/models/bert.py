@@ -149,8 +149,8 @@ class BertConfig:
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Self:
         """Keep the keys this model knows; ValueError names a variant that it does not compute."""
-        require(config, "position_embedding_type", "absolute")
-        require(config, "is_decoder", False)
+        require(config, "position_embedding_type", "absolute", None)
+        require(config, "is_decoder", False, None)
         return known_settings(cls, config)
 
     @property
@@ -160,9 +160,12 @@ class BertConfig:
 
 
 def known_settings(cls: type[Settings], config: Mapping[str, Any]) -> Settings:
-    """The dataclass `cls` of the keys it knows; ValueError for an activation or heads that cannot be."""
+    """The dataclass `cls` of the keys it knows, null as if absent.
+
+    ValueError for an activation or heads that cannot be.
+    """
     known = {field.name for field in dataclasses.fields(cls)}
-    made = cls(**{key: value for key, value in config.items() if key in known})
+    made = cls(**{key: value for key, value in config.items() if key in known and value is not None})
     for name in known & {"hidden_act", "hidden_activation", "pooler_hidden_act", "classifier_activation"}:
         if getattr(made, name) not in ACTIVATIONS:
             allowed = ", ".join(sorted(ACTIVATIONS))
@@ -176,7 +179,7 @@ def known_settings(cls: type[Settings], config: Mapping[str, Any]) -> Settings:
 def require(config: Mapping[str, Any], key: str, *allowed: object) -> None:
     """ValueError unless the setting is absent or one of `allowed`: a variant that is not computed here."""
     if key in config and config[key] not in allowed:
-        values = " or ".join(repr(value) for value in allowed)
+        values = " or ".join(repr(value) for value in allowed if value is not None)
         raise ValueError(f"{key} is {config[key]!r}; only {values} is supported. Choose another base model.")
 
 
