@@ -34,8 +34,8 @@ class LoraConfig:
     rank: int = 16
     alpha: float = 32.0
     """The update is scaled by alpha / rank."""
-    targets: tuple[str, ...] = ("query", "key", "value", "dense")
-    """Names of the linear layers of the encoder that get an adapter."""
+    targets: tuple[str, ...] = ()
+    """Names of the encoder's linear layers that get an adapter (`query`, `value`); empty: all of them."""
 
 
 @dataclasses.dataclass(frozen=True)
