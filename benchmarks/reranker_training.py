@@ -152,7 +152,7 @@ class Ours:
                 ]
                 pairs.append((texts[0], texts[1], float(batch.labels[b, c] > 0)))
                 lengths.append(int((sides > 0).sum()))
-        bert = self.trainer.loaded.model.bert.config
+        bert = self.trainer.loaded.model.encoder.config
         weights = 4 * bert.hidden_size**2 + 2 * bert.hidden_size * bert.intermediate_size
         flops = sum(2 * n * weights + 4 * n * n * bert.hidden_size for n in lengths) * bert.num_hidden_layers
         return Window(first, self.steps, pairs, sum(lengths), float(flops))

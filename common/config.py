@@ -34,8 +34,8 @@ class LoraConfig:
     rank: int = 16
     alpha: float = 32.0
     """The update is scaled by alpha / rank."""
-    targets: tuple[str, ...] = ("query", "key", "value", "dense")
-    """Names of the linear layers of the encoder that get an adapter."""
+    targets: tuple[str, ...] = ()
+    """Names of the encoder's linear layers that get an adapter (`query`, `value`); empty: all of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +72,6 @@ class DataConfig:
     negatives: Literal["bm25", "dense", "rrf", "judged", "given", "random"] = "rrf"
     """Where negatives are drawn from: the top of a first stage, passages judged irrelevant, the triples' own,
     or anywhere."""
-    balanced: bool = True
-    """Where a query's candidates hold enough of them, negatives are only passages that are relevant to other
-    training queries: else a passage's mere identity tells whether it is relevant, and those that no training
-    query asks for are learned to be irrelevant."""
     negative_pool: int = 30
     """Hardest negatives kept for a query; a list draws from them anew each epoch."""
     max_query_tokens: int = 64

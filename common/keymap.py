@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +21,7 @@ Transform = Literal["transpose", "identity"]
 # A module's name -> what its `weight` is called in the model, and how the stored array becomes the model's.
 RULES: tuple[tuple[str, str, Transform], ...] = (
     (r"\w+_embeddings", "embedding", "identity"),
-    (r"\w*LayerNorm|\w*_norm", "scale", "identity"),
+    (r"\w*LayerNorm|(\w+_)?norm", "scale", "identity"),
     (r"\w+", "kernel", "transpose"),  # every other weight belongs to a linear layer, stored [out, in]
 )
 
@@ -51,58 +51,75 @@ def apply(transform: Transform, array: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Family:
-    """How the checkpoints of one `model_type` name the tensors and settings of a BERT encoder."""
+    """What the checkpoints of one `model_type` call their parts; heads as transformers names them."""
 
+    architecture: str  # transformers' class of the encoder with its portable head
     prefix: str  # before encoder keys when the checkpoint carries a head; absent in a bare encoder
-    keys: tuple[tuple[str, str], ...]  # regex -> BERT's name
-    foreign: tuple[str, ...]  # heads and buffers that may be dropped when a base is loaded
-    new: tuple[str, ...]  # tensors that a base may lack; a wrong shape is never forgiven
-    config: Mapping[str, str]  # this family's setting -> BERT's name
+    encoder: tuple[str, ...]  # the first names of a bare encoder's keys
+    head: tuple[str, ...]  # modules of the portable head, which a base may lack; the last one gives the score
+    foreign: tuple[str, ...]  # regex: other heads and buffers, which may be dropped when a base is loaded
+
+    @property
+    def new(self) -> tuple[str, ...]:
+        """Regex of the tensors that a base may lack; a wrong shape is never forgiven."""
+        return tuple(re.escape(module) + r"\..*" for module in self.head)
 
 
 _OLD_NAMES = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
-# After `as_bert` every family is read as BERT, so these cover all of them: masked-LM heads and a buffer.
-_FOREIGN = (
-    r"cls\..*",
-    r"vocab_(transform|layer_norm|projector)\..*",
-    r"(bert\.)?embeddings\.position_ids",
+_ROBERTA = Family(
+    architecture="RobertaForSequenceClassification",
+    prefix="roberta.",
+    encoder=("embeddings", "encoder", "pooler"),
+    head=("classifier.dense", "classifier.out_proj"),
+    foreign=(r"lm_head\..*", r"roberta\.pooler\..*", r"roberta\.embeddings\.position_ids"),
 )
-_NEW = (r"(bert\.)?pooler\..*", r"classifier\..*")
 
 FAMILIES: Mapping[str, Family] = {
     "bert": Family(
+        architecture="BertForSequenceClassification",
         prefix="bert.",
-        keys=_OLD_NAMES,
-        foreign=_FOREIGN,
-        new=_NEW,
-        config={},
+        encoder=("embeddings", "encoder", "pooler"),
+        head=("bert.pooler.dense", "classifier"),
+        foreign=(r"cls\..*", r"bert\.embeddings\.position_ids"),
+    ),
+    "deberta-v2": Family(
+        architecture="DebertaV2ForSequenceClassification",
+        prefix="deberta.",
+        encoder=("embeddings", "encoder"),
+        head=("pooler.dense", "classifier"),
+        foreign=(
+            r"cls\..*",
+            r"(lm|mask)_predictions\..*",
+            r"deberta\.embeddings\.position_(ids|embeddings\.weight)",
+        ),
     ),
     "distilbert": Family(
+        architecture="DistilBertForSequenceClassification",
         prefix="distilbert.",
-        keys=(
-            *_OLD_NAMES,
-            (r"^transformer\.", "encoder."),
-            (r"\.attention\.q_lin\.", ".attention.self.query."),
-            (r"\.attention\.k_lin\.", ".attention.self.key."),
-            (r"\.attention\.v_lin\.", ".attention.self.value."),
-            (r"\.attention\.out_lin\.", ".attention.output.dense."),
-            (r"\.sa_layer_norm\.", ".attention.output.LayerNorm."),
-            (r"\.ffn\.lin1\.", ".intermediate.dense."),
-            (r"\.ffn\.lin2\.", ".output.dense."),
-            (r"\.output_layer_norm\.", ".output.LayerNorm."),
-        ),
-        foreign=_FOREIGN,
-        new=_NEW,
-        config={
-            "dim": "hidden_size",
-            "n_layers": "num_hidden_layers",
-            "n_heads": "num_attention_heads",
-            "hidden_dim": "intermediate_size",
-            "activation": "hidden_act",
-            "dropout": "hidden_dropout_prob",
-            "attention_dropout": "attention_probs_dropout_prob",
-        },
+        encoder=("embeddings", "transformer"),
+        head=("pre_classifier", "classifier"),
+        foreign=(r"vocab_(transform|layer_norm|projector)\..*", r"distilbert\.embeddings\.position_ids"),
     ),
+    "electra": Family(
+        architecture="ElectraForSequenceClassification",
+        prefix="electra.",
+        encoder=("embeddings", "embeddings_project", "encoder"),
+        head=("classifier.dense", "classifier.out_proj"),
+        foreign=(
+            r"(discriminator|generator)_predictions\..*",
+            r"generator_lm_head\..*",
+            r"electra\.embeddings\.position_ids",
+        ),
+    ),
+    "modernbert": Family(
+        architecture="ModernBertForSequenceClassification",
+        prefix="model.",
+        encoder=("embeddings", "layers", "final_norm"),
+        head=("head.dense", "head.norm", "classifier"),
+        foreign=(r"decoder\..*",),
+    ),
+    "roberta": _ROBERTA,
+    "xlm-roberta": replace(_ROBERTA, architecture="XLMRobertaForSequenceClassification"),
 }
 
 
@@ -117,39 +134,22 @@ def family_of(config: Mapping[str, Any], where: object) -> Family:
     return FAMILIES[model_type]
 
 
-def as_bert(
-    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], *, prefix: str = "bert.", where: object
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """A checkpoint's config and tensors under BERT's names, encoder keys behind `prefix`.
+def with_prefix(family: Family, tensors: Mapping[str, np.ndarray], *, where: object) -> dict[str, np.ndarray]:
+    """A checkpoint's tensors under the keys of `family.architecture`: a bare encoder's get their prefix.
 
-    DistilBERT is BERT without segments and pooler, so its segment embeddings become zeros: the same function.
-    Raises UserError for an unknown family and for two keys that mean the same tensor.
+    Raises UserError for two keys that mean the same tensor.
     """
-    family = family_of(config, where)
     renamed: dict[str, np.ndarray] = {}
     twice: list[str] = []
     for key, tensor in tensors.items():
-        name = _bert_key(key, family, prefix)
+        name = key.removeprefix(family.prefix)
+        for pattern, replacement in _OLD_NAMES:
+            name = re.sub(pattern, replacement, name)
+        if name.split(".")[0] in family.encoder:
+            name = family.prefix + name
         if name in renamed:
             twice.append(f"{key} (as {name})")
         renamed[name] = tensor
     if twice:
         raise UserError(f"{where}: tensors that are there twice under different names:\n{listed(twice)}")
-    if config["model_type"] == "bert":
-        return dict(config), renamed
-    settings = {family.config.get(key, key): value for key, value in config.items()}
-    settings |= {"model_type": "bert", "type_vocab_size": 2, "layer_norm_eps": 1e-12}
-    words = renamed.get(f"{prefix}embeddings.word_embeddings.weight")
-    if words is not None:
-        zeros = np.zeros((2, words.shape[1]), words.dtype)  # [segments, D]
-        renamed.setdefault(f"{prefix}embeddings.token_type_embeddings.weight", zeros)
-    return settings, renamed
-
-
-def _bert_key(key: str, family: Family, prefix: str) -> str:
-    """One checkpoint key under BERT's name; heads outside the encoder keep theirs."""
-    name = key.removeprefix(family.prefix)
-    for pattern, replacement in family.keys:
-        name = re.sub(pattern, replacement, name)
-    in_encoder = name.split(".")[0] in ("embeddings", "encoder", "pooler")
-    return prefix + name if in_encoder else name
+    return renamed

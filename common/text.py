@@ -167,11 +167,9 @@ class PairTokenizer:
         document = json.loads(self._tokenizer.to_str())
         document["post_processor"] = _with_segment(document["post_processor"], passage_segment)
         _write_json(target / "tokenizer.json", document)
-        settings: dict[str, Any] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "pad_token": self._tokenizer.id_to_token(self.pad_id),
-        }
-        settings |= self._settings
+        settings: dict[str, Any] = {"pad_token": self._tokenizer.id_to_token(self.pad_id)} | self._settings
+        # a family's own class would build its tokenizer anew, without what tokenizer.json says
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         types = ["token_type_ids"] if passage_segment else []
         settings["model_input_names"] = ["input_ids", *types, "attention_mask"]
         settings["model_max_length"] = self.max_pair_length
@@ -244,7 +242,7 @@ def _read_settings(directory: Path) -> dict[str, Any]:
 
 
 def _load_tokenizer(directory: Path, settings: dict[str, Any]) -> Tokenizer:
-    """tokenizer.json; else WordPiece from vocab.txt; else what transformers converts. No truncation."""
+    """tokenizer.json; else WordPiece from vocab.txt; else what transformers converts (spm.model, BPE)."""
     if not directory.is_dir():
         raise UserError(
             f"{directory}: no such directory; a tokenizer needs a folder with tokenizer.json or vocab.txt"
@@ -284,10 +282,32 @@ def _from_vocabulary(path: Path, settings: dict[str, Any]) -> Tokenizer:
 def _through_transformers(directory: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
+    spm = directory / "spm.model"
+    if spm.is_file():
+        import sentencepiece  # noqa: F401  without it transformers asks for another library
     backend: Tokenizer = AutoTokenizer.from_pretrained(
         str(directory), local_files_only=True
     ).backend_tokenizer
+    if spm.is_file():
+        _normalise_as_sentencepiece(backend, spm)
     return backend
+
+
+def _normalise_as_sentencepiece(tokenizer: Tokenizer, spm: Path) -> None:
+    """Give a converted DeBERTa tokenizer the character map of its SentencePiece model.
+
+    transformers 5 leaves the map out, and what it folds (ligatures, full-width letters) becomes unknown.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import Regex, normalizers
+
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(spm.read_bytes())
+    charsmap = model.normalizer_spec.precompiled_charsmap
+    if charsmap:
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Precompiled(charsmap), normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        )
 
 
 def _template(tokenizer: Tokenizer, pair: bool) -> tuple[Ids, Ids, Ids]:

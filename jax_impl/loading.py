@@ -30,16 +30,32 @@ from common.checkpoint import (
 from common.config import ModelConfig
 from common.errors import UserError
 from common.text import PairTokenizer
-from jax_impl.models.bert import BertConfig
+from jax_impl.models.bert import BertConfig, BertCrossEncoder, BertModel
 from jax_impl.models.bi_encoder import BiEncoder
 from jax_impl.models.cross_encoder import CrossEncoder
+from jax_impl.models.deberta import DebertaV2Config, DebertaV2CrossEncoder, DebertaV2Model
+from jax_impl.models.distilbert import DistilBertConfig, DistilBertCrossEncoder, DistilBertModel
+from jax_impl.models.electra import ElectraConfig, ElectraCrossEncoder, ElectraModel
 from jax_impl.models.lora import LoRALinear
+from jax_impl.models.modernbert import ModernBertConfig, ModernBertCrossEncoder, ModernBertModel
+from jax_impl.models.roberta import RobertaConfig, RobertaCrossEncoder, RobertaModel
 
 WARM_GAMMA = 20.0  # the scale that sentence-transformers trains cosines with
 EVEN_COSINE = 0.5  # where a pointwise loss sees an even bet at the warm start
 COLD_SPREAD = 0.02  # standard deviation of u from nothing, BERT's own initializer_range
 
 Arrays = dict[str, np.ndarray]
+
+# model_type -> its config, encoder and cross-encoder; its checkpoints' own names are in common.keymap
+MODELS: dict[str, tuple[Any, Any, type[CrossEncoder]]] = {
+    "bert": (BertConfig, BertModel, BertCrossEncoder),
+    "deberta-v2": (DebertaV2Config, DebertaV2Model, DebertaV2CrossEncoder),
+    "distilbert": (DistilBertConfig, DistilBertModel, DistilBertCrossEncoder),
+    "electra": (ElectraConfig, ElectraModel, ElectraCrossEncoder),
+    "modernbert": (ModernBertConfig, ModernBertModel, ModernBertCrossEncoder),
+    "roberta": (RobertaConfig, RobertaModel, RobertaCrossEncoder),
+    "xlm-roberta": (RobertaConfig, RobertaModel, RobertaCrossEncoder),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,21 +84,24 @@ def load_cross_encoder(
     directory = surviving(directory)
     config = read_config(directory)
     ours = (directory / HEAD_FILE).exists()
-    config, tensors = keymap.as_bert(config, read_tensors(directory), where=directory)
+    family = keymap.family_of(config, directory)
     rates = {"hidden_dropout_prob": dropout[0], "attention_probs_dropout_prob": dropout[1]}
-    start = "resumed" if ours else choose_start(directory, config, tensors, model.start)
-    settings = dict(config.get("resonance", {})) if ours else _settings(directory, config, model, start)
+    sizes = _encoder_config(config | rates, directory)
+    tensors = keymap.with_prefix(family, read_tensors(directory), where=directory)
+    start = "resumed" if ours else choose_start(directory, family, tensors, model.start)
+    settings = dict(config.get("resonance", {})) if ours else _settings(directory, sizes, model, start)
     if ours:
         _check_unchanged(settings, model, directory)
     rngs = nnx.Rngs(seed)
-    encoder = _build(directory, config | rates, settings, dtype, rngs)
-    _fill_encoder(encoder, tensors, directory, strict=ours)
+    reranker = _build(directory, config, sizes, settings, dtype, rngs)
+    optional, droppable = ((), ()) if ours else (family.new, family.foreign)
+    _fill(reranker, tensors, directory, optional=optional, droppable=droppable, skip_head=True)
     if ours:
-        _fill(encoder.resonance, read_tensors(directory / HEAD_FILE), directory / HEAD_FILE)
+        _fill(reranker.resonance, read_tensors(directory / HEAD_FILE), directory / HEAD_FILE)
     else:
-        _begin(encoder, start, rngs)
+        _begin(reranker, start, rngs)
         settings["start"] = start
-    return LoadedReranker(encoder, config, settings, start)
+    return LoadedReranker(reranker, config, settings, start)
 
 
 def load_bi_encoder(directory: Path, *, dtype: jnp.dtype = jnp.float32) -> BiEncoder:
@@ -92,10 +111,13 @@ def load_bi_encoder(directory: Path, *, dtype: jnp.dtype = jnp.float32) -> BiEnc
     """
     directory = surviving(directory)
     _check_pooling(directory)
-    config, tensors = keymap.as_bert(read_config(directory), read_tensors(directory), where=directory)
-    model = BiEncoder(_bert_config(config, directory), dtype=dtype, rngs=nnx.Rngs(0))
-    family = keymap.FAMILIES["bert"]
-    _fill(model, tensors, directory, optional=family.new, droppable=(*family.foreign, r"classifier\..*"))
+    config = read_config(directory)
+    family = keymap.family_of(config, directory)
+    sizes, (_, encoder, _) = _encoder_config(config, directory), MODELS[config["model_type"]]
+    tensors = keymap.with_prefix(family, read_tensors(directory), where=directory)
+    model = BiEncoder(encoder(sizes, dtype=dtype, rngs=nnx.Rngs(0)))
+    droppable = (*family.foreign, *family.new)
+    _fill(model.encoder, tensors, directory, family.prefix, optional=family.new, droppable=droppable)
     return model
 
 
@@ -112,32 +134,29 @@ def _check_pooling(directory: Path) -> None:
         )
 
 
-def choose_start(directory: Path, config: Mapping[str, Any], tensors: Arrays, wanted: str = "auto") -> str:
+def choose_start(directory: Path, family: keymap.Family, tensors: Arrays, wanted: str = "auto") -> str:
     """Which of the three starts a base gets, unless the recipe names one.
 
     Raises UserError for a classifier of several labels: a reranker has one.
     """
-    labels = tensors["classifier.weight"].shape[0] if "classifier.weight" in tensors else None
+    *before, output = family.head
+    labels = tensors[f"{output}.weight"].shape[0] if f"{output}.weight" in tensors else None
     if labels is not None and labels != 1:
         raise UserError(
             f"{directory}: its classifier has {labels} labels, a reranker has 1. Choose a base encoder, or a "
             "cross-encoder with num_labels 1."
         )
-    lacking = [part for part in ("pooler.dense", "classifier") if not _holds(tensors, f"{part}.weight")]
+    lacking = [part for part in family.head if f"{part}.weight" not in tensors]
     if lacking and (wanted == "cross_encoder" or (wanted == "auto" and labels == 1)):
         raise UserError(
-            f"{directory}: a cross-encoder's score is classifier(pooler([CLS])), but there is no "
-            f"{' and no '.join(lacking)} to begin with. Choose another --model.start or --model.base."
+            f"{directory}: a cross-encoder's score is {output} of {' of '.join(reversed(before))}, but there "
+            f"is no {' and no '.join(lacking)} to begin with. Choose another --model.start or --model.base."
         )
     if wanted != "auto":
         return wanted
     if labels == 1:
         return "cross_encoder"
     return "sentence_encoder" if (directory / "modules.json").exists() else "masked_lm"
-
-
-def _holds(tensors: Arrays, name: str) -> bool:
-    return any(key == name or key.endswith("." + name) for key in tensors)
 
 
 def save_cross_encoder(
@@ -157,7 +176,7 @@ def save_cross_encoder(
     portable = {key: value for key, value in tensors.items() if not _is_head(key)}
     config = {key: value for key, value in loaded.config.items() if not key.startswith("_")}
     config |= {
-        "architectures": ["BertForSequenceClassification"],
+        "architectures": [keymap.family_of(config, directory).architecture],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
         "num_labels": 1,
@@ -193,15 +212,20 @@ def model_tensors(model: nnx.Module) -> Arrays:
     return tensors
 
 
-def _settings(directory: Path, config: Mapping[str, Any], model: ModelConfig, start: str) -> dict[str, Any]:
-    if model.passage_segment is not None:
-        segment: int = model.passage_segment
-    else:  # a cross-encoder begins as it was
-        segment = PairTokenizer(directory).own_passage_segment if start == "cross_encoder" else 0
+def _settings(directory: Path, sizes: Any, model: ModelConfig, start: str) -> dict[str, Any]:
+    last = max(sizes.type_vocab_size - 1, 0)
+    segment: int = model.passage_segment or 0
+    if segment > last:
+        raise UserError(
+            f"model.passage_segment is {segment}, but the model in {directory} has no segment above {last}. "
+            "Leave the setting out."
+        )
+    if model.passage_segment is None and start == "cross_encoder":  # which begins as it was
+        segment = min(PairTokenizer(directory).own_passage_segment, last)
     return {
-        "state_size": model.complex_width or int(config["hidden_size"]),
+        "state_size": model.complex_width or sizes.hidden_size,
         "parameterisation": model.projector,
-        "passage_segment": min(segment, int(config.get("type_vocab_size", 2)) - 1),
+        "passage_segment": segment,
     }
 
 
@@ -222,19 +246,26 @@ def _check_unchanged(settings: Mapping[str, Any], model: ModelConfig, directory:
         raise UserError(f"{directory} was written by a run and keeps its head: {'; '.join(differ)}.")
 
 
-def _bert_config(config: Mapping[str, Any], directory: Path) -> BertConfig:
+def _encoder_config(config: Mapping[str, Any], directory: Path) -> Any:
+    """The family's own config; UserError for a variant of it that is not computed here."""
     try:
-        return BertConfig.from_dict(dict(config))
+        return MODELS[config["model_type"]][0].from_dict(dict(config))
     except ValueError as error:
         raise UserError(f"{directory / CONFIG_FILE}: {error}") from None
 
 
 def _build(
-    directory: Path, config: Mapping[str, Any], settings: Mapping[str, Any], dtype: jnp.dtype, rngs: nnx.Rngs
+    directory: Path,
+    config: Mapping[str, Any],
+    sizes: Any,
+    settings: Mapping[str, Any],
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
 ) -> CrossEncoder:
+    build: Any = MODELS[config["model_type"]][2]
     try:
-        return CrossEncoder(
-            _bert_config(config, directory),
+        return build(
+            sizes,
             state_size=settings["state_size"],
             parameterisation=settings["parameterisation"],
             passage_segment=settings["passage_segment"],
@@ -245,12 +276,6 @@ def _build(
         raise UserError(f"{directory / CONFIG_FILE}: its `resonance` part lacks {error}.") from None
 
 
-def _fill_encoder(encoder: CrossEncoder, tensors: Arrays, where: Path, *, strict: bool) -> None:
-    family = keymap.FAMILIES["bert"]
-    optional, droppable = ((), ()) if strict else (family.new, family.foreign)
-    _fill(encoder, tensors, where, optional=optional, droppable=droppable, skip_head=True)
-
-
 def _begin(model: CrossEncoder, start: str, rngs: nnx.Rngs) -> None:
     """Set u, gamma and b of a fresh head (DESIGN section 3, three starts)."""
     head = model.resonance
@@ -258,9 +283,9 @@ def _begin(model: CrossEncoder, start: str, rngs: nnx.Rngs) -> None:
         head.gamma[...] = jnp.asarray(WARM_GAMMA)
         head.b[...] = jnp.asarray(-WARM_GAMMA * EVEN_COSINE)
     elif start == "cross_encoder":
-        head.u[...] = model.classifier.kernel[...][:, 0]
-        assert model.classifier.bias is not None
-        head.b[...] = model.classifier.bias[...][0]
+        head.u[...] = model.output.kernel[...][:, 0]
+        assert model.output.bias is not None
+        head.b[...] = model.output.bias[...][0]
     else:
         head.u[...] = COLD_SPREAD * jnp.asarray(rngs.params.normal(head.u[...].shape))
 
@@ -284,17 +309,21 @@ def _fill(
     model: nnx.Module,
     tensors: Arrays,
     where: Path,
+    prefix: str = "",
     *,
     optional: tuple[str, ...] = (),
     droppable: tuple[str, ...] = (),
     skip_head: bool = False,
 ) -> None:
-    """Put a checkpoint's tensors into a model's parameters, in float32; strict as check_keys."""
+    """Put a checkpoint's tensors, each key behind `prefix`, into a model's parameters, in float32.
+
+    Strict as check_keys.
+    """
     keyed = {}
     for path, variable in _parameters(model):
         key, transform = keymap.to_checkpoint(path)
         if not (skip_head and _is_head(key)):
-            keyed[key] = (variable, transform)
+            keyed[prefix + key] = (variable, transform)
     expected = {
         key: keymap.apply(how, np.asarray(variable[...])).shape for key, (variable, how) in keyed.items()
     }

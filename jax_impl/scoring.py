@@ -40,11 +40,12 @@ def batches_by_length(
     """(indices, rows, length) of batches: longest first, a fixed number of rows for each length.
 
     The last batch, often a small one, is padded to a power of two instead. `limit` is the number of positions
-    that the model has.
+    that the model has; beyond the usual lengths they double up to it.
     """
     budget = TOKENS_PER_BATCH.get(jax.default_backend(), TOKENS_PER_BATCH["gpu"])
     sizes = np.asarray([len(encoded.ids) for encoded in encodeds], int)
-    lengths = LENGTHS if limit is None else (*(n for n in LENGTHS if n < limit), limit)
+    doubled = (LENGTHS[-1] << n for n in range(1, 1 + (limit or 0).bit_length()))
+    lengths = LENGTHS if limit is None else (*(n for n in (*LENGTHS, *doubled) if n < limit), limit)
     padded = np.asarray([next((n for n in lengths if n >= size), size) for size in sizes], int)
     order = np.argsort(-padded, kind="stable")
     start = 0
@@ -101,9 +102,9 @@ class JaxEncoder:
         dtype = default_dtype()
         model = load_bi_encoder(directory, dtype=dtype)
         self.tokenizer = PairTokenizer(directory)
-        self._positions = model.bert.config.max_position_embeddings
+        self._positions = model.encoder.config.positions
         self.max_tokens = min(max_tokens or _max_tokens(directory), self._positions)
-        self.dim = model.bert.config.hidden_size
+        self.dim = model.encoder.config.hidden_size
         self.identity = checkpoint_identity(directory, self.max_tokens, str(dtype))
         graphdef, state = nnx.split(model)
         self._call = functools.partial(jax.jit(lambda s, i, m: nnx.merge(graphdef, s)(i, m > 0)), state)
@@ -130,7 +131,7 @@ class JaxScorer:
     ) -> None:
         self.name, self.identity = name, identity
         self.fusion_weight, self.tokenizer = fusion_weight, tokenizer
-        self._positions = model.bert.config.max_position_embeddings
+        self._positions = model.encoder.config.positions
         self._graphdef, self._state = nnx.split(model)
         self._call = jax.jit(functools.partial(_score, self._graphdef))
 

@@ -11,6 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from common.keymap import FAMILIES
+
+# what lies directly below an encoder, of any family
+_ENCODER_PARTS = {part for family in FAMILIES.values() for part in family.encoder} - {"pooler"}
+
 
 class LoRALinear(nnx.Module):
     """y = W x + b + (alpha / rank) B A x, on top of a linear layer whose own path it keeps.
@@ -41,22 +46,28 @@ def add_lora(
 ) -> list[str]:
     """Replace the linear layers of `encoder` named in `targets` by adapters, in place; returns their paths.
 
-    Raises ValueError when a target names no linear layer.
+    Without targets all of them. A pooler is left alone: the portable head learns in full.
+    Raises ValueError, which names the layers there are, when a target names no linear layer.
     """
-    found: list[str] = []
-    for path, module in list(nnx.iter_modules(encoder)):
-        for name, child in list(vars(module).items()):
-            if name in targets and isinstance(child, nnx.Linear):
-                setattr(module, name, LoRALinear(child, rank, alpha, rngs=rngs))
-                found.append(".".join(map(str, (*path, name))))
-    missing = [t for t in targets if not any(path.rsplit(".", 1)[-1] == t for path in found)]
+    layers = [
+        (path, module, name)
+        for path, module in nnx.iter_modules(encoder)
+        for name, child in vars(module).items()
+        if isinstance(child, nnx.Linear) and "pooler" not in path
+    ]
+    there = sorted({name for *_, name in layers})
+    missing = [target for target in targets if target not in there]
     if missing:
-        raise ValueError(f"LoRA targets {missing} name no linear layer of the encoder")
-    return found
+        known = ", ".join(there)
+        raise ValueError(f"LoRA targets {missing} name no linear layer of the encoder; it has: {known}")
+    chosen = [layer for layer in layers if not targets or layer[-1] in targets]
+    for _, module, name in chosen:
+        setattr(module, name, LoRALinear(getattr(module, name), rank, alpha, rngs=rngs))
+    return [".".join(map(str, (*path, name))) for path, _, name in chosen]
 
 
 def trainable(path: tuple[str | int, ...], value: nnx.Variable) -> bool:
     """Whether a parameter learns under LoRA: the adapters, the pooler and the heads; the encoder rests."""
     return isinstance(value, nnx.LoRAParam) or (
-        isinstance(value, nnx.Param) and not {"embeddings", "encoder"} & set(path)
+        isinstance(value, nnx.Param) and not _ENCODER_PARTS & set(path)
     )

@@ -15,7 +15,8 @@ import optax
 from common.config import TrainConfig
 
 UNDECAYED = {"bias", "scale", "u", "gamma", "b"}  # last names of parameters that weight decay leaves alone
-PORTABLE = {"pooler", "classifier"}  # what the portable score has beside the encoder
+# what the portable score has beside the encoder, in any family
+PORTABLE = {"pooler", "pre_classifier", "head", "classifier"}
 
 
 def learning_rate(config: TrainConfig, steps: int) -> Callable[[Any], Any]:

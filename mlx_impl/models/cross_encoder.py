@@ -7,13 +7,12 @@ Twin: jax_impl/models/cross_encoder.py.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from common.text import PASSAGE, QUERY
-from mlx_impl.models.bert import BertConfig, BertModel
 from mlx_impl.models.layers import Linear, Rngs
 from mlx_impl.models.projector import Projector, State, resonance
 
@@ -40,32 +39,45 @@ class ResonanceHead(nn.Module):
 
 
 class CrossEncoder(nn.Module):
-    """A BERT encoder with the portable `classifier` and the `resonance` head.
+    """An encoder with its family's portable head and the `resonance` head.
+
+    A family's class (`BertCrossEncoder`) holds encoder and portable head under the names of transformers'
+    `...ForSequenceClassification`, and says what `pooled` is and which layer is the `output`.
 
     Args:
-      config: the encoder's sizes.
+      hidden_size: width D of the encoder.
       state_size: complex amplitudes C of a state.
       parameterisation: of the projector, cartesian or polar.
       passage_segment: segment id of the passage's tokens; the query's is 0.
-      dtype: of the encoder's computation.
       rngs: for fresh parameters.
     """
 
     def __init__(
         self,
-        config: BertConfig,
+        hidden_size: int,
         *,
         state_size: int,
         parameterisation: str = "cartesian",
         passage_segment: int = 0,
-        dtype: mx.Dtype = mx.float32,
         rngs: Rngs,
     ) -> None:
         super().__init__()
         self.passage_segment = passage_segment
-        self.bert = BertModel(config, dtype=dtype, rngs=rngs)
-        self.classifier = Linear(config.hidden_size, 1, rngs=rngs)
-        self.resonance = ResonanceHead(config.hidden_size, state_size, parameterisation, rngs=rngs)
+        self.resonance = ResonanceHead(hidden_size, state_size, parameterisation, rngs=rngs)
+
+    @property
+    def encoder(self) -> Any:
+        """The family's encoder: (input_ids, attention_mask, token_type_ids, keys) -> hidden [N, S, D]."""
+        raise NotImplementedError
+
+    @property
+    def output(self) -> Linear:
+        """The last layer of the portable head, from `pooled` to one score."""
+        raise NotImplementedError
+
+    def pooled(self, hidden: mx.array, mask: mx.array) -> mx.array:
+        """h_CLS [N, D], which u and `output` read, of hidden [N, S, D] under mask [N, S]."""
+        raise NotImplementedError
 
     def __call__(self, input_ids: mx.array, sides: mx.array, keys: mx.array | None = None) -> PairOutput:
         """Score pairs.
@@ -76,12 +88,12 @@ class CrossEncoder(nn.Module):
           keys: [N, 2] random keys for dropout, none in evaluation.
         """
         segments = self.passage_segment * (sides == PASSAGE).astype(mx.int32)
-        hidden = self.bert(input_ids, sides > 0, segments, keys)  # [N, S, D]
+        hidden = self.encoder(input_ids, sides > 0, segments, keys)  # [N, S, D]
         query = self.resonance.projector(mean_of(hidden, sides == QUERY))
         passage = self.resonance.projector(mean_of(hidden, sides == PASSAGE))
         r = resonance(query, passage)  # [N]
-        pooled = self.bert.pooler(hidden)  # [N, D]
-        portable = self.classifier(pooled)[:, 0].astype(mx.float32)
+        pooled = self.pooled(hidden, sides > 0)  # [N, D]
+        portable = self.output(pooled)[:, 0].astype(mx.float32)
         linear = pooled.astype(mx.float32) @ self.resonance.u
         score = linear + self.resonance.gamma * r + self.resonance.b
         return PairOutput(score, portable, r, query, passage)

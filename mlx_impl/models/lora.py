@@ -11,7 +11,11 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
+from common.keymap import FAMILIES
 from mlx_impl.models.layers import Linear, Rngs
+
+# what lies directly below an encoder, of any family
+_ENCODER_PARTS = {part for family in FAMILIES.values() for part in family.encoder} - {"pooler"}
 
 
 class LoRALinear(nn.Module):
@@ -42,20 +46,26 @@ class LoRALinear(nn.Module):
 def add_lora(encoder: nn.Module, rank: int, alpha: float, targets: Sequence[str], *, rngs: Rngs) -> list[str]:
     """Replace the linear layers of `encoder` named in `targets` by adapters, in place; returns their paths.
 
-    Raises ValueError when a target names no linear layer.
+    Without targets all of them. A pooler is left alone: the portable head learns in full.
+    Raises ValueError, which names the layers there are, when a target names no linear layer.
     """
-    found: list[str] = []
-    for path, module in sorted(encoder.named_modules()):
-        for name, child in list(module.items()):
-            if name in targets and isinstance(child, Linear):
-                setattr(module, name, LoRALinear(child, rank, alpha, rngs=rngs))
-                found.append(f"{path}.{name}".lstrip("."))
-    missing = [t for t in targets if not any(path.rsplit(".", 1)[-1] == t for path in found)]
+    layers = [
+        (path, module, name)
+        for path, module in sorted(encoder.named_modules(), key=lambda named: named[0])
+        for name, child in module.items()
+        if isinstance(child, Linear) and "pooler" not in path.split(".")
+    ]
+    there = sorted({name for *_, name in layers})
+    missing = [target for target in targets if target not in there]
     if missing:
-        raise ValueError(f"LoRA targets {missing} name no linear layer of the encoder")
-    return found
+        known = ", ".join(there)
+        raise ValueError(f"LoRA targets {missing} name no linear layer of the encoder; it has: {known}")
+    chosen = [layer for layer in layers if not targets or layer[-1] in targets]
+    for _, module, name in chosen:
+        setattr(module, name, LoRALinear(module[name], rank, alpha, rngs=rngs))
+    return [f"{path}.{name}".lstrip(".") for path, _, name in chosen]
 
 
 def trainable(path: tuple[str | int, ...], value: mx.array) -> bool:
     """Whether a parameter learns under LoRA: the adapters, the pooler and the heads; the encoder rests."""
-    return path[-1] in ("lora_a", "lora_b") or not {"embeddings", "encoder"} & set(path)
+    return path[-1] in ("lora_a", "lora_b") or not _ENCODER_PARTS & set(path)

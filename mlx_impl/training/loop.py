@@ -75,7 +75,7 @@ class Trainer:
 
     def _base_encoder(self, directory: Path) -> MlxEncoder | None:
         """The base as it was, where the recipe holds the states to its own."""
-        width = self.loaded.model.bert.config.hidden_size
+        width = self.loaded.model.encoder.config.hidden_size
         if self.loaded.start != "sentence_encoder" or not self.config.quantum.alignment_weight:
             return None
         if self.loaded.settings["state_size"] != width:
@@ -285,7 +285,7 @@ def _load(config: RerankerConfig, directory: Path, dtype: mx.Dtype) -> LoadedRer
     if config.model.use_lora:
         try:
             rngs = Rngs(train.seed)
-            add_lora(loaded.model.bert.encoder, lora.rank, lora.alpha, lora.targets, rngs=rngs)
+            add_lora(loaded.model.encoder, lora.rank, lora.alpha, lora.targets, rngs=rngs)
         except ValueError as error:
             raise UserError(f"model.lora.targets: {error}") from None
     return loaded

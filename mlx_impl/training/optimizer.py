@@ -17,7 +17,8 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from common.config import TrainConfig
 
 UNDECAYED = {"bias", "u", "gamma", "b"}  # last names of parameters that weight decay leaves alone
-PORTABLE = {"pooler", "classifier"}  # what the portable score has beside the encoder
+# what the portable score has beside the encoder, in any family
+PORTABLE = {"pooler", "pre_classifier", "head", "classifier"}
 
 
 def learning_rate(config: TrainConfig, steps: int) -> Callable[[Any], mx.array]:

@@ -166,3 +166,60 @@ def test_the_smallest_bucket_that_holds_a_length() -> None:
     assert [bucket_for(n, (64, 32, 128)) for n in (1, 32, 33, 128)] == [32, 32, 64, 128]
     with pytest.raises(UserError, match="length_buckets"):
         bucket_for(129, (32, 64, 128))
+
+
+def sentencepiece_directory(directory: Path) -> Path:
+    """A DeBERTa-v3 directory as the hub serves it: spm.model and no tokenizer.json."""
+    library = pytest.importorskip("sentencepiece")
+    directory.mkdir()
+    library.SentencePieceTrainer.train(
+        sentence_iterator=iter([*WORDS, "read a file", "open the path", "flag 1 2 A B"] * 20),
+        model_prefix=str(directory / "spm"),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **{f"{name}_id": number for number, name in enumerate(("pad", "bos", "eos", "unk"))},
+        **{
+            f"{name}_piece": piece
+            for name, piece in (("pad", "[PAD]"), ("bos", "[CLS]"), ("eos", "[SEP]"), ("unk", "[UNK]"))
+        },
+    )
+    (directory / "spm.vocab").unlink()
+    (directory / "config.json").write_text('{"model_type": "deberta-v2"}')
+    (directory / "tokenizer_config.json").write_text('{"do_lower_case": false, "vocab_type": "spm"}')
+    return directory
+
+
+def test_a_sentencepiece_directory_reads_as_sentencepiece_does_and_is_saved_whole(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    directory = sentencepiece_directory(tmp_path / "deberta")
+    library = pytest.importorskip("sentencepiece")
+    oracle = library.SentencePieceProcessor(model_file=str(directory / "spm.model"))
+    tokenizer = PairTokenizer(directory)
+    # white space, a ligature, a circled digit, full-width letters: only the character map folds them
+    texts = ["read a file", "  open   the path ", "the ﬂag", "①", "ＡＢ\tlist"]
+    encoded = tokenizer.encode_pairs(texts, texts)
+    for pair, text in zip(encoded, texts, strict=True):
+        ids = oracle.encode(text)
+        assert 3 not in ids
+        assert pair.ids.tolist() == [1, *ids, 2, *ids, 2]
+        assert pair.sides.tolist() == [QUERY] * (len(ids) + 2) + [PASSAGE] * (len(ids) + 1)
+    tokenizer.save(tmp_path / "saved")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")(texts, texts)["input_ids"]
+    assert theirs == [pair.ids.tolist() for pair in encoded]
+    again = PairTokenizer(tmp_path / "saved").encode_pairs(texts, texts)
+    assert [pair.ids.tolist() for pair in again] == theirs
+
+
+def test_the_tokenizer_of_deberta_v3_reads_as_sentencepiece_does(tmp_path: Path, data_dir: Path) -> None:
+    library = pytest.importorskip("sentencepiece")
+    model = data_dir / "tokenizers" / "deberta-v3" / "spm.model"
+    if not model.is_file():
+        pytest.skip(f"no {model}")
+    (tmp_path / "spm.model").write_bytes(model.read_bytes())
+    (tmp_path / "config.json").write_text('{"model_type": "deberta-v2"}')
+    oracle = library.SentencePieceProcessor(model_file=str(model))
+    texts = ["What does `os.path.join` do?", "  naïve café…  №5 ﬁne\n\tＡＢ 한국어 日本語", "x" * 300]
+    for text, encoded in zip(texts, PairTokenizer(tmp_path).encode_texts(texts, 400), strict=True):
+        assert encoded.ids.tolist() == [1, *oracle.encode(text), 2]

@@ -128,7 +128,7 @@ def test_a_recipe_can_name_another_start(tmp_path: Path) -> None:
     change_tensors(
         base / "model.safetensors", bert__pooler__dense__weight=None, bert__pooler__dense__bias=None
     )
-    with pytest.raises(UserError, match=r"but there is no pooler.dense to begin with"):
+    with pytest.raises(UserError, match=r"but there is no bert.pooler.dense to begin with"):
         load_cross_encoder(base, ModelConfig())
 
 
@@ -220,7 +220,7 @@ def test_saving_and_loading_gives_the_same_bits(projector: Any, tmp_path: Path, 
 def test_adapters_are_merged_when_a_reranker_is_saved(tmp_path: Path, seed: int) -> None:
     base = write_base(tmp_path / "base", seed=seed)
     loaded = load_cross_encoder(base, ModelConfig(), seed=seed)
-    add_lora(loaded.model.bert.encoder, 4, 8.0, ("query", "dense"), rngs=nnx.Rngs(seed))
+    add_lora(loaded.model.encoder, 4, 8.0, ("query", "dense"), rngs=nnx.Rngs(seed))
     random_head(loaded, seed)
     for _, module in nnx.iter_modules(loaded.model):
         if isinstance(module, LoRALinear):

@@ -24,7 +24,7 @@ def model(seed: int, tmp_path: Path) -> CrossEncoder:
 
 
 def adapt(model: CrossEncoder, seed: int, targets: tuple[str, ...] = TARGETS) -> list[str]:
-    return add_lora(model.bert.encoder, 4, 8.0, targets, rngs=nnx.Rngs(seed))
+    return add_lora(model.encoder, 4, 8.0, targets, rngs=nnx.Rngs(seed))
 
 
 def pairs(seed: int) -> tuple[jnp.ndarray, jnp.ndarray]:
@@ -87,7 +87,7 @@ def test_only_adapters_pooler_and_heads_learn(model: CrossEncoder, seed: int) ->
 
 
 def test_targets_choose_the_layers(model: CrossEncoder, seed: int) -> None:
-    assert adapt(model, seed, ("query",)) == ["layer.0.attention.self.query"]
+    assert adapt(model, seed, ("query",)) == ["encoder.layer.0.attention.self.query"]
 
 
 def test_a_target_that_names_no_layer_is_an_error(model: CrossEncoder, seed: int) -> None:

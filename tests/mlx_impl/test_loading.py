@@ -102,7 +102,7 @@ def test_adapters_are_merged_when_a_reranker_is_saved(tmp_path: Path, seed: int)
     base = write_base(tmp_path / "base", seed=seed)
     loaded = load_cross_encoder(base, ModelConfig())
     seed_of_adapters = seed % 2**31
-    add_lora(loaded.model.bert.encoder, 4, 8.0, ("query", "dense"), rngs=Mlx().rngs(seed_of_adapters))
+    add_lora(loaded.model.encoder, 4, 8.0, ("query", "dense"), rngs=Mlx().rngs(seed_of_adapters))
     randomise(loaded.model, seed)
     ids, sides = mx.array([[2, 7, 8, 3, 9, 3]]), mx.array([[1, 1, 1, 1, 2, 2]])
     adapted = loaded.model(ids, sides)
@@ -116,13 +116,13 @@ def test_adapters_start_as_nothing(tmp_path: Path, seed: int) -> None:
     before = model_tensors(loaded.model)
     ids, sides = mx.array([[2, 7, 8, 3, 9, 3]]), mx.array([[1, 1, 1, 1, 2, 2]])
     score = np.array(loaded.model(ids, sides).score)
-    found = add_lora(loaded.model.bert.encoder, 4, 8.0, ("query",), rngs=Mlx().rngs(1))
-    assert found == ["layer.0.attention.self.query"]
+    found = add_lora(loaded.model.encoder, 4, 8.0, ("query",), rngs=Mlx().rngs(1))
+    assert found == ["encoder.layer.0.attention.self.query"]
     np.testing.assert_allclose(np.array(loaded.model(ids, sides).score), score, atol=1e-5)
     after = model_tensors(loaded.model)
     assert all(np.array_equal(before[key], after[key]) for key in before) and after.keys() == before.keys()
     with pytest.raises(ValueError, match=r"LoRA targets \['q_proj'\] name no linear layer"):
-        add_lora(loaded.model.bert.encoder, 4, 8.0, ("key", "q_proj"), rngs=Mlx().rngs(1))
+        add_lora(loaded.model.encoder, 4, 8.0, ("key", "q_proj"), rngs=Mlx().rngs(1))
 
 
 @pytest.mark.parametrize("load", [lambda d: load_cross_encoder(d, ModelConfig()), load_bi_encoder])

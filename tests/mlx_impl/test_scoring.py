@@ -92,7 +92,7 @@ def test_bfloat16_is_a_rounding_of_float32(tmp_path: Path, seed: int) -> None:
     ids = mx.array(np.random.default_rng(seed).integers(5, 100, (3, 12)))
     mask = mx.array(np.arange(12) < np.array([[12], [7], [0]]))
     narrow, wide = (load_bi_encoder(base, dtype=dtype) for dtype in (mx.bfloat16, mx.float32))
-    assert narrow.bert(ids, mask).dtype == mx.bfloat16 and wide.bert(ids, mask).dtype == mx.float32
+    assert narrow.encoder(ids, mask).dtype == mx.bfloat16 and wide.encoder(ids, mask).dtype == mx.float32
     difference = np.abs(np.array(narrow(ids, mask)) - np.array(wide(ids, mask))).max()
     assert 1e-5 < difference < 0.1
     out = load_cross_encoder(base, ModelConfig(), dtype=mx.bfloat16).model(ids, mask.astype(mx.int8))

@@ -105,7 +105,7 @@ def test_the_encoder_agrees_with_its_twin_and_with_transformers(
         return [hidden * keep, encoder.pooler(hidden) * keep[:, 0]]
 
     models = cross_encoders(twins, tmp_path / "base")
-    results = [b.results(m.bert, outputs, seed, *inputs) for b, m in zip(twins, models, strict=True)]
+    results = [b.results(m.encoder, outputs, seed, *inputs) for b, m in zip(twins, models, strict=True)]
     oracle = BertModel.from_pretrained(tmp_path / "base", dtype=torch.float64).eval()
     ids, attention, types, real = (torch.tensor(np.asarray(x)) for x in inputs)
     out = oracle(ids.long(), attention.long(), types.long())
@@ -158,9 +158,7 @@ def test_adapters_agree_with_their_twin_and_merge_alike(twins: Twins, seed: int,
     case = draw(seed, tmp_path / "base")
     models = cross_encoders(twins, tmp_path / "base")
     found = [
-        b.module("models.lora").add_lora(
-            m.bert.encoder, 3, 6.0, ("query", "dense"), rngs=b.rngs(seed % 2**31)
-        )
+        b.module("models.lora").add_lora(m.encoder, 3, 6.0, ("query", "dense"), rngs=b.rngs(seed % 2**31))
         for b, m in zip(twins, models, strict=True)
     ]
     assert sorted(found[0]) == sorted(found[1]) and len(found[0]) == 4 * case.config["num_hidden_layers"]

@@ -214,7 +214,7 @@ def test_the_same_parameters_decay_and_belong_to_the_portable_score(twins: Twins
     chosen = []
     for backend in twins:
         model = backend.module("loading").load_cross_encoder(world.base, ModelConfig()).model
-        backend.module("models.lora").add_lora(model.bert.encoder, 2, 4.0, ("query",), rngs=backend.rngs(0))
+        backend.module("models.lora").add_lora(model.encoder, 2, 4.0, ("query",), rngs=backend.rngs(0))
         optimizer = backend.module("training.optimizer")
         trees = [choose(backend.tree(model)) for choose in (optimizer.decayed, optimizer.portable)]
         chosen.append([{key for key, value in backend.named(tree).items() if value} for tree in trees])

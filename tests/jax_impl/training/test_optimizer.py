@@ -45,7 +45,7 @@ def test_a_run_of_one_step_still_learns(schedule: str) -> None:
 
 def test_matrices_decay_and_biases_norms_and_scalars_do_not(world: World) -> None:
     model = load_cross_encoder(world.base, ModelConfig()).model
-    add_lora(model.bert.encoder, 2, 4.0, ("query",), rngs=nnx.Rngs(0))
+    add_lora(model.encoder, 2, 4.0, ("query",), rngs=nnx.Rngs(0))
     mask = nnx.to_flat_state(decayed(nnx.state(model, nnx.Param)))
     decays = {".".join(map(str, path)): leaf.get_value() for path, leaf in mask}
     never = ("bias", "scale", "resonance.u", "resonance.gamma", "resonance.b")

@@ -38,7 +38,7 @@ def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> Finished
     """12 steps with every loss term and dropout; dev is train, so that it does improve."""
     config = world.config(max_steps=12, checkpoint_every=3, evaluations=2, hidden_dropout=0.1)
     config = replace(config, quantum=replace(config.quantum, mode="resonance"))
-    config = replace(config, data=replace(config.data, dev_split="train", balanced=False))
+    config = replace(config, data=replace(config.data, dev_split="train"))
     runs = tmp_path_factory.mktemp("finished")
     return Finished(config, runs / "tiny", train(config, runs, backend="mlx"))
 
