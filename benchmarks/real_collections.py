@@ -553,8 +553,9 @@ def measured(collection: str, options: argparse.Namespace) -> Collection:
 
 def measure(
     collection: str, groups: Mapping[Group, Sequence[Path]], options: argparse.Namespace
-) -> tuple[list[Ranking], int, str]:
-    """First stages and every group's rankings over each pool; number of queries; the data's fingerprint."""
+) -> tuple[list[Ranking], np.ndarray, str]:
+    """First stages and every group's rankings over each pool; which queries ask for a passage that a training
+    query asks for too, bool [Q]; the data's fingerprint."""
     settings = measured(collection, options)
     config = base_config(collection, options.data_dir)
     data = load_data(config.data)
@@ -598,7 +599,10 @@ def measure(
             print(f"{collection}: {run.parent.name}/{run.name}")
             tables.append(table([(load_peer if variant == PEER else load_ours)(run, limits)]))
         rankings += _averaged(label, (trained_on, variant, rate), tables, list(qrels))
-    return rankings, len(qrels), data.fingerprint
+    trained = data.split(config.data.train_split) if settings.trained else {}
+    known = {passage for grades in trained.values() for passage, grade in grades.items() if grade > 0}
+    familiar = [any(grade > 0 and p in known for p, grade in grades.items()) for grades in qrels.values()]
+    return rankings, np.asarray(familiar), data.fingerprint
 
 
 def _averaged(label: str, group: Group, tables: Sequence[Table], queries: Sequence[str]) -> Iterator[Ranking]:
@@ -709,6 +713,23 @@ def _shown(item: Versus | None) -> str:
     return f"{item.difference:+.3f} [{item.interval[0]:+.3f}, {item.interval[1]:+.3f}], {p}"
 
 
+def by_familiarity(rankings: Sequence[Ranking], familiar: np.ndarray) -> str:
+    """What each reranking changes where training asked for the passage too, and where it did not."""
+    if not 0 < familiar.sum() < len(familiar):
+        return ""
+    lines = []
+    for mask, where in ((familiar, "is relevant to a training query too"), (~familiar, "is not")):
+        lines.append(f"\n{mask.sum()} queries whose relevant passage {where}:")
+        for ranking in rankings:
+            if ranking.kind in ("alone", "fused"):
+                first = next(r for r in rankings if r.kind == "first stage" and r.pool == ranking.pool)
+                pair = (dataclasses.replace(r, values=r.values[mask]) for r in (ranking, first))
+                lines.append(
+                    f"- {ranking.pool}, {ranking.label}, {ranking.kind}: {_shown(_versus('', *pair))}"
+                )
+    return "\n".join(lines) + "\n"
+
+
 def result_rows(
     where: str, settings: Collection, rankings: Sequence[Ranking], versus: Mapping[int, Sequence[Versus]]
 ) -> Iterator[Row]:
@@ -742,7 +763,8 @@ def make_table(collection: str, options: argparse.Namespace) -> None:
     """Evaluate a collection's finished runs, print the Markdown table, record the rows."""
     settings = measured(collection, options)
     groups = finished(options.runs, collection, options)
-    rankings, queries, fingerprint = measure(collection, groups, options)
+    rankings, familiar, fingerprint = measure(collection, groups, options)
+    queries = len(familiar)
     versus = {
         number: comparisons(ranking, rankings, groups)
         for number, ranking in enumerate(rankings)
@@ -757,7 +779,7 @@ def make_table(collection: str, options: argparse.Namespace) -> None:
     where = f"{settings.title} test, {part}{queries} queries{training}"
     heading = f"**{where}**, top {settings.depth} reranked (data {fingerprint})"
     text = markdown(heading, settings, rankings, versus)
-    print("\n" + text)
+    print("\n" + text + by_familiarity(rankings, familiar))
     if rows := list(result_rows(where, settings, rankings, versus)):
         workload = {
             "task": "rerank a first stage's candidates; the mean over seeds, paired tests over queries",

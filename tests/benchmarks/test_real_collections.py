@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.real_collections import VARIANTS, Cutter, Job, check_recipe
+from benchmarks.real_collections import VARIANTS, Cutter, Job, Ranking, by_familiarity, check_recipe
 from common.config import to_dict
 from common.errors import UserError
 from common.hub import resolve_model
@@ -48,3 +48,13 @@ def test_different_runs_never_share_a_folder() -> None:
     others += [{"seed": 1}, {"rate": 3e-4}, {"steps": 7}, {"queries": 9}]
     names = [first.name, *(dataclasses.replace(first, **other).name for other in others)]
     assert len(set(names)) == len(names)
+
+
+def test_a_gain_is_told_apart_for_passages_that_training_asked_for() -> None:
+    first = Ranking("rrf", "rrf", "first stage", np.full(6, 0.5), {})
+    ours = Ranking("rrf", "ours", "alone", np.array([0.9, 0.9, 0.9, 0.9, 0.3, 0.3]), {})
+    text = by_familiarity([first, ours], np.array([True] * 4 + [False] * 2))
+    seen, unseen = (line for line in text.splitlines() if line.startswith("- rrf, ours, alone: "))
+    assert "+0.400" in seen and "-0.200" in unseen
+    assert "4 queries" in text and "2 queries" in text
+    assert by_familiarity([first, ours], np.zeros(6, bool)) == ""  # there is nothing to tell apart
