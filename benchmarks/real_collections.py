@@ -90,11 +90,11 @@ COLLECTIONS = {
         "SciFact",
         {
             "data": _LONG,
-            "train": {"max_steps": 500, "batch_size": 3},
-            "evaluation": {"dev_queries": 60, "dev_depth": 10},
+            "quantum": {"portable_weight": 0.1},
+            "train": {"max_steps": 500, "batch_size": 3, "learning_rate": 1e-4, "evaluations": 1},
         },
-        ("bm25", "rrf"),
-        50,
+        ("rrf",),
+        20,
     ),
     "nfcorpus": Collection(
         "NFCorpus",

@@ -72,10 +72,6 @@ class DataConfig:
     negatives: Literal["bm25", "dense", "rrf", "judged", "given", "random"] = "rrf"
     """Where negatives are drawn from: the top of a first stage, passages judged irrelevant, the triples' own,
     or anywhere."""
-    balanced: bool = True
-    """Where a query's candidates hold enough of them, negatives are only passages that are relevant to other
-    training queries: else a passage's mere identity tells whether it is relevant, and those that no training
-    query asks for are learned to be irrelevant."""
     negative_pool: int = 30
     """Hardest negatives kept for a query; a list draws from them anew each epoch."""
     max_query_tokens: int = 64

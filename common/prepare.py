@@ -157,7 +157,6 @@ def _write_training(
     settings = config.data
     run = _negatives(config, data, encoder)
     related = _related(config, data, encoder)
-    drawn = settings.negatives in FIRST_STAGES  # not what the data's owner chose, nor chance
     made, dropped = lists.build_lists(
         data,
         settings.train_split,
@@ -166,7 +165,6 @@ def _write_training(
         related,
         settings.max_samples,
         config.train.seed,
-        balanced=settings.list_size - 1 if settings.balanced and drawn else 0,
     )
     return lists.write_lists(made, cache_root() / "lists"), dropped
 

@@ -49,14 +49,12 @@ def build_lists(
     related: Related | None = None,
     max_samples: int | None = None,
     seed: int = 0,
-    balanced: int = 0,
 ) -> tuple[list[TrainingList], dict[str, int]]:
     """Training lists of a split's queries, and how many queries were dropped for what reason.
 
     Negatives are the best of `negatives_run` that are not relevant, neither for the query nor for another of
     the same words (nor have such a passage's text), at most `pool_size`. `max_samples` keeps a random subset,
-    drawn with `seed`. With `balanced`, the negatives of a query that has at least so many of them are only
-    passages that are relevant to another query of the split. Raises UserError when no list remains.
+    drawn with `seed`. Raises UserError when no list remains.
     """
     dropped: Counter[str] = Counter()
     found: list[TrainingList] = []
@@ -78,15 +76,6 @@ def build_lists(
     if max_samples is not None and max_samples < len(found):
         kept = np.random.default_rng(seed).permutation(len(found))[:max_samples]
         found = [found[i] for i in sorted(kept)]
-    if balanced:
-        asked_for = {text for item in found for text in item.positives}
-        for place, item in enumerate(found):
-            candidates = negatives_run[item.query_id].items()
-            other = {passage: score for passage, score in candidates if data.corpus[passage] in asked_for}
-            grades = data.split(split)[item.query_id]
-            shown = relevant[same_words(item.query)]
-            fair = _one_list(data, item.query_id, grades, other, pool_size, shown)
-            found[place] = fair if len(fair.negatives) >= balanced else item
     return _with_related(found, related or {}), dict(dropped)
 
 

@@ -28,7 +28,7 @@ def prepared(world: World, **data: Any) -> tuple[RerankerConfig, Prepared]:
 
 @pytest.mark.parametrize("stage", ["bm25", "dense", "rrf"])
 def test_negatives_are_the_irrelevant_top_of_the_named_first_stage(world: World, stage: str) -> None:
-    config, ready = prepared(world, negatives=stage, balanced=False)
+    config, ready = prepared(world, negatives=stage)
     runs = candidates(ready.data, "train", load_encoder(world.base))
     assert len(ready.training) > 40
     for item in ready.training:

@@ -53,15 +53,6 @@ def test_a_list_holds_positives_by_grade_and_the_hardest_passages_that_are_not_r
     assert lists[1].negatives == ("passage 5", "passage 6")
 
 
-def test_balanced_negatives_are_relevant_to_other_queries_where_there_are_enough(data: RankingData) -> None:
-    run = {**RUN, "q0": {"p5": 9.0, "p2": 8.0, "p4": 7.0, "p7": 6.0}, "q3": {"p5": 9.0, "p2": 8.0, "p6": 7.0}}
-    lists, _ = build_lists(data, "train", run, pool_size=3, balanced=2)
-    negatives = {item.query_id: item.negatives for item in lists}
-    assert negatives["q0"] == ("passage 2", "passage 4")  # of q1 and q3, not what no query asks for
-    assert negatives["q3"] == ("passage 5", "passage 2", "passage 6")  # only one: the hardest as they are
-    assert negatives["q1"] == ("passage 5", "passage 6")
-
-
 def test_queries_that_cannot_teach_are_dropped_and_counted(data: RankingData) -> None:
     _, dropped = build_lists(data, "train", RUN, pool_size=5)
     assert dropped == {NO_POSITIVE: 1, NO_NEGATIVE: 1}

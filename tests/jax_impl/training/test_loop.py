@@ -45,7 +45,7 @@ def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> Finished
     """40 steps with every loss term and dropout; dev is train, so that it does improve."""
     config = world.config(max_steps=40, checkpoint_every=3, evaluations=4, hidden_dropout=0.1)
     config = replace(config, quantum=replace(config.quantum, mode="resonance"))
-    config = replace(config, data=replace(config.data, dev_split="train", balanced=False))
+    config = replace(config, data=replace(config.data, dev_split="train"))
     runs = tmp_path_factory.mktemp("finished")
     return Finished(config, runs / "tiny", train(config, runs))
 
@@ -111,7 +111,7 @@ def test_a_tiny_set_is_learned_by_heart(world: World, tmp_path: Path) -> None:
     config = world.config(
         max_steps=200, batch_size=8, learning_rate=3e-3, evaluations=1, checkpoint_every=200
     )
-    config = replace(config, data=replace(config.data, dev_split="train", balanced=False))
+    config = replace(config, data=replace(config.data, dev_split="train"))
     summary = train(config, tmp_path)
     lines = read_metrics(tmp_path / "tiny")
     losses = [line["rank"] for line in lines if line["kind"] == "train"]
