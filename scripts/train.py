@@ -13,28 +13,32 @@ from pathlib import Path
 
 from common.backends import load_encoder, load_scorer, load_trainer
 from common.config import RerankerConfig, parse_command, to_dict
-from common.errors import run_command
+from common.errors import UserError, run_command
 from common.evaluation import evaluate_recipe
-from common.hub import resolve_model
-from common.prepare import load_data, prepare
+from common.prepare import load_data, load_old_data, prepare, resolve_base, run_fingerprint
 from common.report import tables_text, write_report
 from common.runs import RESULTS_FILE, RunFolder, environment, environment_line, finished_results
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     config, options = parse_command(__doc__ or "", argv)
-    data = load_data(config.data)
+    data, old = load_data(config.data), load_old_data(config)
     recipe = to_dict(config)
-    fingerprint = data.training_fingerprint
+    fingerprint = run_fingerprint(data, old)
     finished = None if options.fresh else finished_results(options.runs, config.name, recipe, fingerprint)
     if finished is not None:
         print(tables_text(finished["tables"]))
         print(f"{options.runs / config.name} is finished; --fresh starts it over, --name begins another.")
         print(next_steps(config, options.runs / config.name, finished["first_stage"]))
         return
-    resolve_model(config.model.base, say=lambda _: None)  # a wrong name fails before any work
+    base = resolve_base(config, say=lambda _: None)  # a wrong name fails before any work
+    if base.absolute().is_relative_to((options.runs / config.name).absolute()):
+        raise UserError(
+            f"model.base {config.model.base} lies in this run's own folder {options.runs / config.name}, "
+            "which the run would write over: choose another --name."
+        )
     encoder = load_encoder(config.data.encoder, options.backend)
-    prepared = prepare(config, encoder, data)
+    prepared = prepare(config, encoder, data, old)
     if options.evaluate_test:
         prepared.data.split(config.data.test_split)  # a wrong name fails before training
     print(environment_line(environment()))
