@@ -71,14 +71,20 @@ class Confidence:
         return cls(bias=float(stored["bias"]), **lists)
 
 
-def expected_calibration_error(probability: ArrayLike, correct: ArrayLike, bins: int = 15) -> float:
-    """Mean |confidence - accuracy| in [0, 1] over `bins` bins that hold equally many queries."""
+def reliability(probability: ArrayLike, correct: ArrayLike, bins: int = 15) -> Array:
+    """[bins, 3], a row (mean confidence, accuracy, queries) for each bin of equally many queries, by rising
+    confidence; empty bins are left out. Raises ValueError without queries."""
     p, y = np.asarray(probability, np.float64), np.asarray(correct, np.float64)
     if p.size == 0:
         raise ValueError("no queries to calibrate on")
-    order = np.argsort(p, kind="stable")
-    parts = [part for part in np.array_split(order, bins) if part.size]
-    return float(sum(abs(p[part].sum() - y[part].sum()) for part in parts) / p.size)
+    parts = [part for part in np.array_split(np.argsort(p, kind="stable"), bins) if part.size]
+    return np.array([[p[part].mean(), y[part].mean(), part.size] for part in parts])
+
+
+def expected_calibration_error(probability: ArrayLike, correct: ArrayLike, bins: int = 15) -> float:
+    """Mean |confidence - accuracy| in [0, 1] over `bins` bins that hold equally many queries."""
+    confidence, accuracy, queries = reliability(probability, correct, bins).T
+    return float(np.sum(np.abs(confidence - accuracy) * queries) / queries.sum())
 
 
 def auroc(score: ArrayLike, correct: ArrayLike) -> float:
