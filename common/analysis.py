@@ -23,7 +23,6 @@ from common.metrics.calibration import Confidence, auroc
 from common.metrics.ranking import evaluate_run, mean, ranked
 
 QUANTITIES = ("score", "resonance", "overlap", "coherence")
-RANGES = {"resonance": (-1.0, 1.0), "overlap": (0.0, 1.0), "coherence": (0.0, 1.0)}
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _BINS = 40
 _SHOWN = 240  # characters of a passage
@@ -85,7 +84,7 @@ def analyse(
         "relevant_pairs": int(relevant.sum()),
         "metric": metric,
         "value": mean(evaluate_run(reranked, qrels, (metric,))[metric]),
-        "quantities": {name: _distribution(name, values[name], relevant) for name in QUANTITIES},
+        "quantities": {name: _distribution(values[name], relevant) for name in QUANTITIES},
         "confidence": [
             asdict(result) for result in confidence_results(reranked, resonance, qrels, confidence)
         ],
@@ -109,13 +108,11 @@ def write_analysis(directory: str | Path, name: str, analysis: Mapping[str, Any]
     return files
 
 
-def _distribution(name: str, values: np.ndarray, relevant: np.ndarray) -> dict[str, Any]:
+def _distribution(values: np.ndarray, relevant: np.ndarray) -> dict[str, Any]:
     """Both classes' moments, quantiles and histograms over common edges, and how well they are told apart."""
-    low, high = RANGES.get(name, (float(values.min()), float(values.max())))
-    edges = np.histogram_bin_edges(values, bins=_BINS, range=(low, high if high > low else low + 1.0))
-    told_apart = auroc(values, relevant)
+    edges = np.histogram_bin_edges(values, bins=_BINS)
     return {
-        "auc": told_apart,
+        "auc": auroc(values, relevant),
         "edges": edges.tolist(),
         **{
             which: {
@@ -124,8 +121,7 @@ def _distribution(name: str, values: np.ndarray, relevant: np.ndarray) -> dict[s
                 "quantiles": dict(
                     zip(map(str, QUANTILES), np.quantile(part, QUANTILES).tolist(), strict=True)
                 ),
-                # rounding may carry a resonance past 1
-                "histogram": np.histogram(np.clip(part, edges[0], edges[-1]), bins=edges)[0].tolist(),
+                "histogram": np.histogram(part, bins=edges)[0].tolist(),
             }
             for which, part in (("relevant", values[relevant]), ("other", values[~relevant]))
         },

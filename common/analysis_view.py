@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -17,7 +18,7 @@ _MEANING = {
     "coherence": "coherence R of the phases",
 }
 _LINES = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed")
-_WORDS = 12  # of a text in a table
+_SHORT = 36  # characters of a text in a table
 
 
 def analysis_tables(analysis: Mapping[str, Any]) -> list[Table]:
@@ -55,12 +56,12 @@ def analysis_tables(analysis: Mapping[str, Any]) -> list[Table]:
             "columns": ["query", analysis["metric"], "rank", "lead", "relevant passage", "ranked first"],
             "rows": [
                 [
-                    _words(row["query"]),
+                    _short(row["query"]),
                     row[analysis["metric"]],
                     str(row["rank"]),
                     row["lead"],
-                    _words(row["relevant"]),
-                    _words(row["top"]),
+                    _short(row["relevant"]),
+                    _short(row["top"]),
                 ]
                 for row in analysis["hardest"]
             ],
@@ -142,6 +143,7 @@ def _draw_distribution(axis: Any, name: str, part: Mapping[str, Any]) -> None:
         counts = part[which]["histogram"]
         share = [count / max(1, sum(counts)) for count in counts]
         axis.stairs(share, edges, fill=True, color=colour, alpha=0.45, label=which)
+    axis.locator_params(axis="x", nbins=6)
     axis.set_xlabel(_MEANING[name], fontsize=9, color=_INK)
     axis.set_ylabel("share of pairs", fontsize=9, color=_INK)
     axis.legend(frameon=False, fontsize=8, labelcolor=_INK)
@@ -189,6 +191,5 @@ def _range(part: Mapping[str, Any]) -> str:
     return f"[{part['quantiles']['0.05']:.3f}, {part['quantiles']['0.95']:.3f}]"
 
 
-def _words(text: str) -> str:
-    words = text.split(maxsplit=_WORDS)
-    return " ".join(words[:_WORDS]) + (" …" if len(words) > _WORDS else "")
+def _short(text: str) -> str:
+    return textwrap.shorten(text, _SHORT, placeholder=" …")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,8 +9,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
-
-FEATURES = ("entropy", "margin", "resonance")
 
 
 def confidence_features(scores: ArrayLike, resonance: ArrayLike, temperature: float = 1.0) -> Array:
@@ -96,23 +93,6 @@ def auroc(score: ArrayLike, correct: ArrayLike) -> float:
     if positives == 0 or others == 0:
         return float("nan")
     return float((rankdata(s)[y].sum() - positives * (positives + 1) / 2) / (positives * others))
-
-
-def confidence_report(
-    confidence: Confidence, features: ArrayLike, correct: ArrayLike, names: Sequence[str] = FEATURES
-) -> dict[str, float]:
-    """ECE and AUROC of the confidence on held-out queries, and the AUROC of each feature alone (whichever way
-    it points)."""
-    x, probability = np.asarray(features, np.float64), confidence.predict(features)
-    report = {
-        "queries": float(len(x)),
-        "ece": expected_calibration_error(probability, correct),
-        "auroc": auroc(probability, correct),
-    }
-    for column, name in enumerate(names):
-        alone = auroc(x[:, column], correct)
-        report[f"auroc_{name}"] = max(alone, 1.0 - alone)
-    return report
 
 
 def _logistic(x: Array, y: Array, ridge: float) -> tuple[Array, float]:

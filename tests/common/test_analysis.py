@@ -65,7 +65,7 @@ def test_each_quantity_tells_relevant_pairs_from_others_as_well_as_it_does(
     assert 0.3 < auc["overlap"] < 0.7
     resonance = analysis["quantities"]["resonance"]
     assert (resonance["relevant"]["mean"], resonance["other"]["mean"]) == (0.5, 0.0)
-    assert resonance["edges"][0] == -1.0 and resonance["edges"][-1] == 1.0
+    assert resonance["edges"][0] == 0.0 and resonance["edges"][-1] == 0.5
     for part in analysis["quantities"].values():
         assert sum(part["relevant"]["histogram"]) == 30 and sum(part["other"]["histogram"]) == 92
         quantiles = list(part["other"]["quantiles"].values())
@@ -112,6 +112,7 @@ def test_json_picture_and_page_are_written_whole(data: RankingData, stage: Run, 
         "2 more queries have no relevant",
     ):
         assert shown in text
+    assert "query 7 " in text and all(len(line) <= 150 for line in text.splitlines())
 
 
 def test_a_split_without_a_relevant_pair_is_refused(data: RankingData, stage: Run) -> None:
