@@ -33,7 +33,7 @@ _PANELS: tuple[tuple[str, str, re.Pattern[str]], ...] = (
     (
         "Loss terms",
         "train",
-        re.compile(r"loss|^(total|rank|superposition|listwise|bce|portable|resonance|entangle)"),
+        re.compile(r"loss|^(total|rank|superposition|listwise|bce|portable|resonance|entangle|preserve)"),
     ),
     ("Temperature", "train", re.compile(r"temperature|^tau")),
     ("Mean entropy of a list (nats)", "train", re.compile(r"^(mean_)?entropy(?!_bonus)")),
