@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from common.errors import UserError
 
 Start = Literal["auto", "sentence_encoder", "cross_encoder", "masked_lm"]
-Mode = Literal["superposition", "resonance", "entanglement"]
+Mode = Literal["superposition", "resonance", "entanglement", "adaptation"]
 PhaseName = Literal["superposition", "collapse", "resonance", "auto"]
 Objective = Literal[
     "quantum", "listwise", "bce", "ranknet", "lambda", "listnet", "plistmle", "margin_mse", "soft_labels"
@@ -95,6 +95,7 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True)
 class QuantumConfig:
     mode: Mode = "superposition"
+    """Which terms join the ranking loss; `adaptation` retrains an existing checkpoint with it alone."""
     phase: PhaseName = "auto"
     resonance_threshold: float = 0.7
     """Fidelity above which a pair counts as relevant, in [0, 1]."""
@@ -112,6 +113,30 @@ class QuantumConfig:
     sentence encoder's start only."""
     portable_weight: float = 1.0
     """Weight of the portable score's distillation from the full one; 0 turns it off."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrainConfig:
+    """An existing checkpoint of ours (`model.base`) learns new data; its frozen original holds it back.
+
+    The two weights go with every mode and objective. The original's scores and states are computed once.
+    """
+
+    preserve_knowledge: float = 0.0
+    """Weight of KL(original || new) over each list, >= 0; 0 turns it off."""
+    resonance_alignment: float = 0.0
+    """Weight of 1 - Re<original|new> of the query's and the passage's states, >= 0; 0 turns it off."""
+    old_data: str | None = None
+    """Data of the old domain, as `data.name`; its lists are preserved too. Its labels are never read, and a
+    folder may come without."""
+    old_split: str = "train"
+    """Whose queries are preserved, where the old data has splits; else all of them."""
+    old_queries: int | None = 1000
+    """At most this many of them, drawn with `train.seed`; all when absent."""
+    old_batch_size: int = 4
+    """Lists of the old domain in a step, beside `train.batch_size` new ones."""
+    analyze_existing: bool = False
+    """Analyses the original on the new data's dev split before training."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,13 +204,29 @@ class RerankerConfig:
     data: DataConfig = DataConfig()
     quantum: QuantumConfig = QuantumConfig()
     train: TrainConfig = TrainConfig()
+    retrain: RetrainConfig = RetrainConfig()
     evaluation: EvalConfig = EvalConfig()
+
+    @property
+    def preserves(self) -> bool:
+        """Whether the loss holds the model to its frozen original."""
+        return self.retrain.preserve_knowledge > 0 or self.retrain.resonance_alignment > 0
+
+    @property
+    def retrains(self) -> bool:
+        """Whether this is a retraining: `model.base` must be a checkpoint of ours, and lists are fixed."""
+        return self.quantum.mode == "adaptation" or self.preserves or self.retrain.analyze_existing
+
+    @property
+    def lists_per_step(self) -> int:
+        """New lists, and those of the old domain where there is one."""
+        return self.train.batch_size + (self.retrain.old_batch_size if self.retrain.old_data else 0)
 
     def validate(self) -> RerankerConfig:
         """Return self, or raise a UserError that lists every field out of range."""
         if misfits := list(_misfits(self)):
             raise UserError("setting of the wrong kind: " + "; ".join(misfits))
-        q, d, t, e = self.quantum, self.data, self.train, self.evaluation
+        q, d, t, e, r = self.quantum, self.data, self.train, self.evaluation, self.retrain
         width = self.model.complex_width
         checks = [
             ("quantum.resonance_threshold", q.resonance_threshold, 0 <= q.resonance_threshold <= 1, "[0, 1]"),
@@ -203,6 +244,16 @@ class RerankerConfig:
             ("quantum.entropy_bonus", q.entropy_bonus, q.entropy_bonus >= 0, ">= 0"),
             ("quantum.alignment_weight", q.alignment_weight, q.alignment_weight >= 0, ">= 0"),
             ("quantum.portable_weight", q.portable_weight, q.portable_weight >= 0, ">= 0"),
+            ("retrain.preserve_knowledge", r.preserve_knowledge, r.preserve_knowledge >= 0, ">= 0"),
+            ("retrain.resonance_alignment", r.resonance_alignment, r.resonance_alignment >= 0, ">= 0"),
+            (
+                "retrain.old_data",
+                r.old_data,
+                r.old_data is None or self.preserves,
+                "with preserve_knowledge or resonance_alignment above 0",
+            ),
+            ("retrain.old_queries", r.old_queries, r.old_queries is None or r.old_queries > 0, ">= 1"),
+            ("retrain.old_batch_size", r.old_batch_size, r.old_batch_size >= 1, ">= 1"),
             ("data.max_samples", d.max_samples, d.max_samples is None or d.max_samples > 0, ">= 1"),
             ("data.list_size", d.list_size, d.list_size >= 2, ">= 2"),
             ("data.max_positives", d.max_positives, 1 <= d.max_positives < d.list_size, "[1, list_size - 1]"),
@@ -216,6 +267,12 @@ class RerankerConfig:
                 0 <= d.in_batch_negatives <= min(d.list_size - d.max_positives - 1, t.batch_size - 1),
                 "0 to list_size - max_positives - 1, below batch_size",
             ),
+            (
+                "data.in_batch_negatives",
+                d.in_batch_negatives,
+                not (self.retrains and d.in_batch_negatives),
+                "0 in a retraining, whose lists are fixed",
+            ),
             ("train.teacher_temperature", t.teacher_temperature, t.teacher_temperature > 0, "> 0"),
             ("data.related_threshold", d.related_threshold, 0 <= d.related_threshold <= 1, "[0, 1]"),
             ("train.epochs", t.epochs, t.epochs >= 0 and (t.epochs > 0 or t.max_steps), "> 0, or max_steps"),
@@ -228,6 +285,12 @@ class RerankerConfig:
                 t.micro_batches,
                 t.micro_batches >= 1 and t.batch_size % t.micro_batches == 0,
                 "a divisor of batch_size",
+            ),
+            (
+                "train.micro_batches",
+                t.micro_batches,
+                t.micro_batches < 1 or self.lists_per_step % t.micro_batches == 0,
+                "a divisor of retrain.old_batch_size too",
             ),
             ("train.learning_rate", t.learning_rate, 0 < t.learning_rate < 1, "(0, 1)"),
             ("train.warmup", t.warmup, 0 <= t.warmup < 1, "[0, 1)"),

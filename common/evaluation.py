@@ -13,13 +13,16 @@ from typing import Any, Literal
 import numpy as np
 
 from common import report
+from common.analysis_view import confidence_table
 from common.backends import Encoder, Scorer, Scores
 from common.cache import read_cache, write_cache
 from common.checkpoint import write_file
+from common.confidence import ConfidenceResult, confidence_results
 from common.config import RerankerConfig
 from common.data.records import Qrels, RankingData, Run
 from common.data.sources import read_qrels
 from common.errors import UserError
+from common.metrics.calibration import Confidence
 from common.metrics.ranking import DEFAULT_METRICS, evaluate_run, mean, ranked
 from common.metrics.significance import bootstrap_interval, paired_randomisation
 from common.prepare import Prepared, cache_root, candidates
@@ -82,6 +85,15 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class ConfidenceRow:
+    """How well a checkpoint, alone over a pool's candidates, knows that its top passage is relevant."""
+
+    pool: str
+    model: str
+    result: ConfidenceResult
+
+
+@dataclass(frozen=True)
 class Table:
     """An evaluation; `rows` hold the first stages, then for each pool every checkpoint."""
 
@@ -95,6 +107,7 @@ class Table:
     seed: int
     rows: list[Row]
     pairs: list[Pair]
+    confidence: list[ConfidenceRow] = field(default_factory=list)
 
     def text(self, width: int = 150) -> str:
         """The table for a terminal, with the number of queries, the depth and what the columns mean."""
@@ -103,7 +116,8 @@ class Table:
     def shown(self) -> list[report.Table]:
         """The tables of results.json: the rankings, then the checkpoints against each other."""
         tables = [_rows_table(self)]
-        return [*tables, _pairs_table(self)] if self.pairs else tables
+        tables += [_pairs_table(self)] if self.pairs else []
+        return [*tables, _confidence_table(self)] if self.confidence else tables
 
     def json(self) -> dict[str, Any]:
         """Everything but the values of single queries, ready for a JSON file."""
@@ -132,6 +146,7 @@ def evaluate(
     cache_dir: str | Path | None = None,
     metrics: Sequence[str] = DEFAULT_METRICS,
     qrels: Qrels | None = None,
+    confidences: Mapping[str, Confidence] | None = None,
     seed: int = 0,
 ) -> Table:
     """Rerank the top `depth` of each pool (names in `first_stage_runs`) by every scorer and compare.
@@ -139,7 +154,8 @@ def evaluate(
     Every ranking, first stages included, is cut to `depth`; a query without candidates counts as 0. `qrels`
     replaces the split's judgements when the official ones name passages outside the corpus (the ideal DCG
     needs them). Pair scores are computed once per (query, passage) over all pools and kept in `cache_dir`.
-    The first metric decides which first stage is best. Raises UserError for an unknown pool or unknown ids.
+    The first metric decides which first stage is best. `confidences` holds what was fitted on dev, by the
+    scorer's identity. Raises UserError for an unknown pool or unknown ids.
     """
     qrels = data.split(split) if qrels is None else qrels
     stages = _cut(first_stage_runs, qrels, depth)
@@ -151,8 +167,15 @@ def evaluate(
     pairs = _union([stages[pool] for pool in pools])
     names = _distinct_names(scorers)
     scored = [score_pairs(scorer, data, pairs, cache_dir) for scorer in scorers]
+    sure: list[ConfidenceRow] = []
     for pool in pools:
         for name, scorer, scores in zip(names, scorers, scored, strict=True):
+            fitted = (confidences or {}).get(scorer.identity)
+            candidates = {
+                query: {p: scores["score"][query][p] for p in run} for query, run in stages[pool].items()
+            }
+            results = confidence_results(candidates, scores["resonance"], qrels, fitted)
+            sure += [ConfidenceRow(pool, name, result) for result in results]
             for kind, run in _rankings(stages[pool], scores, scorer.fusion_weight):
                 omega = scorer.fusion_weight if kind == "fused" else None
                 row = _row(run, qrels, metrics, seed, pool=pool, model=name, kind=kind, omega=omega)
@@ -168,11 +191,16 @@ def evaluate(
         seed=seed,
         rows=rows,
         pairs=_pairs(rows, metrics[0], seed),
+        confidence=sure,
     )
 
 
 def evaluate_recipe(
-    config: RerankerConfig, prepared: Prepared, scorers: Sequence[Scorer], encoder: Encoder
+    config: RerankerConfig,
+    prepared: Prepared,
+    scorers: Sequence[Scorer],
+    encoder: Encoder,
+    confidences: Mapping[str, Confidence] | None = None,
 ) -> Table:
     """The recipe's test split: every first stage, then each scorer over the recipe's candidates."""
     data = prepared.data
@@ -188,6 +216,7 @@ def evaluate_recipe(
         pools=(prepared.first_stage,),
         cache_dir=cache_root(),
         metrics=tuple(dict.fromkeys((settings.metric, *DEFAULT_METRICS))),
+        confidences=confidences,
     )
 
 
@@ -210,10 +239,15 @@ def chosen_qrels(
 
 def write_output(path: str | Path, text: str) -> None:
     """Write a result file whole, with its folder. Raises UserError when it cannot be written."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """As `write_output`, for what is no text."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, text.encode())
+        write_file(path, content)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another file.") from error
 
@@ -428,6 +462,11 @@ def _pairs_table(table: Table) -> report.Table:
             for pair in table.pairs
         ],
     }
+
+
+def _confidence_table(table: Table) -> report.Table:
+    rows = [{"": f"{row.pool} → {row.model}", **asdict(row.result)} for row in table.confidence]
+    return confidence_table(rows, f"top {table.depth} of a first stage")
 
 
 def _difference(comparison: Comparison) -> tuple[str, str]:

@@ -22,11 +22,12 @@ _UNWANTED = ("onnx/*", "openvino/*", "*.msgpack", "*.h5")
 def resolve_model(name_or_path: str | Path, *, say: Callable[[str], None] = print) -> Path:
     """The local directory of a model: a path, else the hub's cache, else the packaged MiniLM, else the hub.
 
-    `say` gets one line: which of them was used. UserError lists what was tried and what to do; a checkpoint
-    that exists only as a pickle is refused with the command that converts it.
+    A run's folder stands for its best checkpoint. `say` gets one line: which was used. UserError lists what
+    was tried and what to do; a checkpoint that exists only as a pickle is refused with the command that
+    converts it.
     """
     name = str(name_or_path)
-    path = surviving(Path(name).expanduser())
+    path = _checkpoint_in(surviving(Path(name).expanduser()))
     if path.exists():
         _check_directory(path)
         say(f"model: {path}")
@@ -44,6 +45,12 @@ def resolve_model(name_or_path: str | Path, *, say: Callable[[str], None] = prin
             return directory
         tried.append(outcome)
     raise UserError(_not_found(name, tried, _remedy(repo)))
+
+
+def _checkpoint_in(path: Path) -> Path:
+    """A run's best checkpoint, when `path` is the run's folder."""
+    best = surviving(path / "best")
+    return best if (best / MODEL_FILE).exists() and not (path / MODEL_FILE).exists() else path
 
 
 def _from_cache(repo: str) -> tuple[Path | None, str]:

@@ -10,12 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from common.backends import Encoder
+from common.checkpoint import HEAD_FILE
 from common.config import TEACHER_OBJECTIVES, DataConfig, RerankerConfig
 from common.data import lists
-from common.data.pipeline import Embed, ListPlan
+from common.data.original import Original, original_outputs
+from common.data.pipeline import Embed, ListPlan, Recall
 from common.data.records import Qrels, RankingData, Run, stable_id
 from common.data.sources import load_ranking_data, read_trec_run
 from common.errors import UserError
+from common.hub import resolve_model
 from common.metrics.ranking import evaluate_run, mean
 from common.retrieval.candidates import FIRST_STAGES, first_stages, judged_stages
 from common.retrieval.dense import embed, passage_vectors, vectors_file
@@ -33,6 +36,7 @@ class Prepared:
     dev: dict[str, Run]  # first stage -> run
     dropped: dict[str, int]  # training queries left out, by reason
     first_stage: str  # the one to rerank
+    old: lists.StoredLists | None = None  # unlabelled lists of the old domain, which a retraining preserves
 
 
 def cache_root() -> Path:
@@ -56,6 +60,40 @@ def load_data(config: DataConfig) -> RankingData:
             "data's queries and passages"
         )
     return dataclasses.replace(data, teacher=scores)
+
+
+def load_old_data(config: RerankerConfig) -> RankingData | None:
+    """Data of the old domain that a retraining preserves, None without; its labels may be missing."""
+    name, split = config.retrain.old_data, config.retrain.old_split
+    if name is None:
+        return None
+    data = load_ranking_data(name, on_bad_row=config.data.on_bad_row, labels=False)
+    if not (data.split(split) if data.qrels else data.queries):
+        where = f"in its split {split!r}" if data.qrels else "at all"
+        raise UserError(
+            f"retrain.old_data {name}: there are no queries {where}, and without queries there are no lists "
+            "to preserve. Give queries of the old domain (they need no labels), or leave the setting out."
+        )
+    return data
+
+
+def run_fingerprint(data: RankingData, old: RankingData | None) -> str:
+    """What a run's data are known by: that of the training data and, behind it, of the old domain's."""
+    return data.training_fingerprint + (f"+{old.fingerprint}" if old is not None else "")
+
+
+def resolve_base(config: RerankerConfig, *, say: Callable[[str], None] = print) -> Path:
+    """The directory of `model.base`. Raises UserError for a retraining from what is no checkpoint of ours."""
+    directory = resolve_model(config.model.base, say=say)
+    if config.retrains and not (directory / HEAD_FILE).exists():
+        raise UserError(
+            f"model.base {config.model.base}: a retraining begins with a reranker that a run wrote, and "
+            f"{directory} has no {HEAD_FILE}. Train one first (scripts/train.py --config "
+            "configs/quantum_resonance.py) and name its folder runs/<name>/best, or train anew from this "
+            "base: with another recipe, or --quantum.mode superposition, --no-retrain.analyze-existing and "
+            "both --retrain weights 0."
+        )
+    return directory
 
 
 def candidates(
@@ -83,14 +121,15 @@ def prepare(
     config: RerankerConfig,
     encoder: Encoder,
     data: RankingData | None = None,
+    old: RankingData | None = None,
     *,
     say: Callable[[str], None] = print,
 ) -> Prepared:
     """Data (unless it is loaded already), dev candidates and training lists; says sizes and what was dropped.
 
-    Raises UserError for everything wrong with the data.
+    `old` is the old domain's, which a retraining preserves. Raises UserError for everything wrong with them.
     """
-    data = data or load_data(config.data)
+    data, old = data or load_data(config.data), old or load_old_data(config)
     judged = config.evaluation.candidates == "judged"
     directory, dropped = _write_training(config, data, encoder)
     training = lists.read_lists(directory)
@@ -99,7 +138,26 @@ def prepare(
     say(f"data: {data.name} {data.fingerprint}: {len(data.corpus):,} passages, queries: {sizes}")
     lost = "".join(f", {count:,} {reason} dropped" for reason, count in (data.dropped | dropped).items())
     say(f"training lists: {len(training):,}{lost}")
-    return Prepared(data, training, dev, dropped, _first_stage(config, data, dev))
+    preserved = None if old is None else _old_lists(config, old, encoder, say)
+    return Prepared(data, training, dev, dropped, _first_stage(config, data, dev), preserved)
+
+
+def _old_lists(
+    config: RerankerConfig, old: RankingData, encoder: Encoder, say: Callable[[str], None]
+) -> lists.StoredLists:
+    """The old domain's queries with the best passages of a first stage; no label is read."""
+    retrain, negatives = config.retrain, config.data.negatives
+    asked = old.split(retrain.old_split) if old.qrels else old.queries
+    stage = negatives if negatives in FIRST_STAGES else "rrf"
+    queries = {query: old.queries[query] for query in sorted(asked)}
+    depth = max(config.data.negative_pool, CANDIDATE_DEPTH)
+    run = first_stages(old, queries, encoder, depth, cache_root(), (stage,))[stage]
+    made, dropped = lists.unlabelled_lists(
+        old, queries, run, config.data.negative_pool, retrain.old_queries, config.train.seed
+    )
+    lost = "".join(f", {count:,} {reason} dropped" for reason, count in dropped.items())
+    say(f"old domain: {old.name} {old.fingerprint}: {len(made):,} unlabelled lists by {stage}{lost}")
+    return lists.read_lists(lists.write_lists(made, cache_root() / "lists"))
 
 
 def _first_stage(config: RerankerConfig, data: RankingData, dev: dict[str, Run]) -> str:
@@ -111,11 +169,16 @@ def _first_stage(config: RerankerConfig, data: RankingData, dev: dict[str, Run])
 
 
 def plan_batches(
-    config: RerankerConfig, prepared: Prepared, tokenizer: PairTokenizer, base: Encoder | None = None
+    config: RerankerConfig,
+    prepared: Prepared,
+    tokenizer: PairTokenizer,
+    base: Encoder | None = None,
+    original: Original | None = None,
 ) -> ListPlan:
     """Which lists stand in which batch of the run; counts truncation in `tokenizer`. Raises UserError.
 
-    With `base`, batches carry its vectors of each text alone.
+    With `base`, batches carry its vectors of each text alone; with `original`, what it says of each pair, and
+    each batch of new lists is followed by one of the old domain where there is one.
     """
     train = config.train
     if train.objective in TEACHER_OBJECTIVES and not any(item.teacher for item in prepared.training):
@@ -123,6 +186,16 @@ def plan_batches(
             f"train.objective {train.objective} learns from a teacher, and no training pair has its score: "
             "name a file with --data.teacher, or give rows `positive_scores` and `negative_scores`."
         )
+    recall = None if original is None else _recall(original)
+    beside = None
+    if recall is not None and prepared.old is not None:
+        size = config.retrain.old_batch_size
+        if len(prepared.old) < size:
+            raise UserError(
+                f"retrain.old_data: {len(prepared.old)} lists cannot fill the {size} of each step; lower "
+                f"retrain.old_batch_size to at most {len(prepared.old)}, or give more queries"
+            )
+        beside = ListPlan(prepared.old, tokenizer, config.data, size, train.seed, False, recall=recall)
     return ListPlan(
         prepared.training,
         tokenizer,
@@ -131,7 +204,14 @@ def plan_batches(
         train.seed,
         pairs_queries(config),
         None if base is None else _known_vectors(prepared.data, base),
+        fixed=config.retrains,
+        recall=recall,
+        beside=beside,
     )
+
+
+def _recall(original: Original) -> Recall:
+    return lambda pairs: original_outputs(original, pairs, cache_root())
 
 
 def _known_vectors(data: RankingData, encoder: Encoder) -> Embed:
@@ -197,6 +277,6 @@ def dev_queries(judged: Qrels, limit: int | None) -> list[str]:
 def pairs_queries(config: RerankerConfig) -> bool:
     """Whether the recipe has an entanglement term, so that batches bring related queries together."""
     quantum = config.quantum
-    if config.train.objective != "quantum" or quantum.mode == "superposition":
+    if config.train.objective != "quantum" or quantum.mode not in ("resonance", "entanglement"):
         return False
     return quantum.entanglement_weight > 0

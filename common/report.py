@@ -33,7 +33,7 @@ _PANELS: tuple[tuple[str, str, re.Pattern[str]], ...] = (
     (
         "Loss terms",
         "train",
-        re.compile(r"loss|^(total|rank|superposition|listwise|bce|portable|resonance|entangle)"),
+        re.compile(r"loss|^(total|rank|superposition|listwise|bce|portable|resonance|entangle|preserve)"),
     ),
     ("Temperature", "train", re.compile(r"temperature|^tau")),
     ("Mean entropy of a list (nats)", "train", re.compile(r"^(mean_)?entropy(?!_bonus)")),
@@ -77,10 +77,13 @@ summary { cursor: pointer; font-weight: 600; margin-bottom: .5rem }
 
 
 def write_report(directory: str | Path) -> Path:
-    """Write report.html of a run from its config.json, metrics.jsonl and, where there is one, results.json.
+    """Write report.html of a run from its config.json and metrics.jsonl, and from results.json and
+    analysis-*.json where there are any.
 
     Raises UserError when a file is broken or config.json is missing, OSError when the page cannot be written.
     """
+    from common.analysis_view import analysis_section  # which is drawn with this module's tables
+
     directory = Path(directory)
     run = read_json(directory / "config.json")
     metrics = read_metrics(directory)
@@ -91,7 +94,8 @@ def write_report(directory: str | Path) -> Path:
         f"<h1>{escape(directory.resolve().name)}</h1>",
         f'<p class="lead">{escape(_lead(run))}</p>',
         _cards(metrics),
-        *(_table(table) for table in tables),
+        *(table_html(table) for table in tables),
+        *(analysis_section(read_json(file)) for file in sorted(directory.glob("analysis-*.json"))),
         "<h2>Training</h2>",
         f'<div class="panels">{"".join(_panels(metrics))}</div>'
         if metrics
@@ -101,9 +105,8 @@ def write_report(directory: str | Path) -> Path:
         *(_details("Environment", _pairs(item)) for item in environments),
         "</div>",
     ]
-    page = _page(directory.resolve().name, "\n".join(body))
     path = directory / "report.html"
-    write_file(path, page.encode())
+    write_file(path, page(directory.resolve().name, "\n".join(body)).encode())
     return path
 
 
@@ -127,7 +130,8 @@ def tables_text(tables: Sequence[Table], width: int = 150) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
-def _page(title: str, body: str) -> str:
+def page(title: str, body: str) -> str:
+    """A whole HTML page with the report's style; nothing is loaded."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -168,7 +172,8 @@ def _cards(metrics: Sequence[Metrics]) -> str:
     return f'<div class="cards">{inner}</div>'
 
 
-def _table(table: Table) -> str:
+def table_html(table: Table) -> str:
+    """A table as a part of a page: title, rows, note."""
     columns, rows = table["columns"], table["rows"]
     best = [_best(name, [row[i] for row in rows]) for i, name in enumerate(columns)]
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)

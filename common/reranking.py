@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from common.backends import Scorer
 from common.checkpoint import read_config
 from common.data.records import BadRows, json_rows, read_text
 from common.errors import UserError, listed
+from common.hub import resolve_model
 from common.metrics.calibration import Confidence, confidence_features
 
 
@@ -77,6 +79,15 @@ def load_confidence(directory: str | Path) -> Confidence | None:
     settings = read_config(Path(directory)).get("resonance") or {}
     stored = settings.get("confidence")
     return Confidence.from_json(stored) if stored else None
+
+
+def load_confidences(models: Sequence[str | Path], scorers: Sequence[Scorer]) -> dict[str, Confidence]:
+    """The confidence of each checkpoint that has one, by its scorer's identity (for `evaluate`)."""
+    found = {
+        scorer.identity: load_confidence(resolve_model(model, say=lambda _: None))
+        for model, scorer in zip(models, scorers, strict=True)
+    }
+    return {identity: confidence for identity, confidence in found.items() if confidence is not None}
 
 
 def read_passages(path: str | Path) -> dict[str, str]:

@@ -117,6 +117,22 @@ class JaxEncoder:
         return run_batched(encodeds, self.tokenizer.pad, self._call, limit=self._positions)[0]
 
 
+class JaxOriginal:
+    """The frozen reranker that a retraining preserves (common.data.original); `states` asks for those too."""
+
+    def __init__(self, model: CrossEncoder, tokenizer: PairTokenizer, identity: str, *, states: bool) -> None:
+        self.identity = f"{identity}{'-states' if states else ''}"
+        self._tokenizer, self._positions = tokenizer, model.encoder.config.positions
+        graphdef, state = nnx.split(model)
+        self._call = functools.partial(jax.jit(functools.partial(_outputs, graphdef, states)), state)
+
+    def outputs(
+        self, encodeds: Sequence[Encoded], on_batch: Callable[[int], None] | None = None
+    ) -> np.ndarray:
+        """float32 [N, 1 + 4C]: the full score, then query re and im, passage re and im (none: [N, 1])."""
+        return run_batched(encodeds, self._tokenizer.pad, self._call, on_batch, limit=self._positions)[0]
+
+
 class JaxScorer:
     """A reranker: pairs of texts in, scores out. `fusion_weight` is the first stage's, chosen on dev."""
 
@@ -193,6 +209,14 @@ def _score(
     out = nnx.merge(graphdef, state)(ids, sides)
     overlap, coherence = fidelity_factors(out.query, out.passage)
     return out.score, out.portable, out.resonance, overlap, coherence
+
+
+def _outputs(
+    graphdef: nnx.GraphDef[CrossEncoder], states: bool, state: Any, ids: jax.Array, sides: jax.Array
+) -> jax.Array:
+    out = nnx.merge(graphdef, state)(ids, sides)
+    parts = (*out.query, *out.passage) if states else ()
+    return jnp.concatenate([out.score[:, None], *parts], axis=1)  # [N, 1 + 4C]
 
 
 def _max_tokens(directory: Path) -> int:

@@ -25,6 +25,7 @@ from common.errors import UserError, run_command
 from common.evaluation import chosen_qrels, evaluate, write_output
 from common.metrics.ranking import DEFAULT_METRICS
 from common.prepare import cache_root, candidates
+from common.reranking import load_confidences
 from common.runs import environment
 
 
@@ -107,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cache_dir=cache,
         metrics=args.metrics,
         qrels=qrels,
+        confidences=load_confidences(args.models, scorers),
         seed=args.seed,
     )
     result = json.dumps({**table.json(), "environment": environment()}, indent=2, ensure_ascii=False) + "\n"

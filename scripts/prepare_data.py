@@ -14,8 +14,7 @@ from typing import Literal
 from common.backends import load_encoder
 from common.config import parse_command
 from common.errors import run_command
-from common.hub import resolve_model
-from common.prepare import cache_root, candidates, plan_batches, prepare
+from common.prepare import cache_root, candidates, plan_batches, prepare, resolve_base
 from common.text import PairTokenizer
 
 
@@ -27,7 +26,7 @@ class PrepareOptions:
 def main(argv: Sequence[str] | None = None) -> None:
     config, options = parse_command(__doc__ or "", argv, PrepareOptions)
     settings = config.data
-    base = resolve_model(config.model.base)
+    base = resolve_base(config)
     encoder = load_encoder(settings.encoder, options.backend)
     prepared = prepare(config, encoder)
     judged = config.evaluation.candidates == "judged"

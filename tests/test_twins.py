@@ -20,6 +20,7 @@ JAX_ONLY_FILES: set[str] = {
     "models/electra.py",
     "models/modernbert.py",
     "models/roberta.py",
+    "losses/preservation.py",  # of retraining, as below
 }
 MLX_ONLY_FILES = {
     "models/layers.py",  # what flax.nnx brings: seeded layers with a computation dtype
@@ -34,6 +35,19 @@ RENAMED = {
 JAX_ONLY = {
     "models/bert.py: product",  # a gradient written for XLA's CPU; in MLX `@`
     "training/loop.py: Trainer.mesh",  # one device holds a Mac's arrays
+    # retraining that preserves the original runs on JAX so far; MLX's loop refuses it
+    "scoring.py: JaxOriginal",
+    "scoring.py: JaxOriginal(model)",
+    "scoring.py: JaxOriginal(tokenizer)",
+    "scoring.py: JaxOriginal(identity)",
+    "scoring.py: JaxOriginal(states)",
+    "scoring.py: JaxOriginal.identity",
+    "scoring.py: JaxOriginal.outputs",
+    "scoring.py: JaxOriginal.outputs(encodeds)",
+    "scoring.py: JaxOriginal.outputs(on_batch)",
+    "training/step.py: Batch.original_scores",
+    "training/step.py: Batch.original_query",
+    "training/step.py: Batch.original_passage",
     # JAX's step is a pure function of a state; MLX's changes the model and the optimizer it was made for
     "training/step.py: TrainState.learned",
     "training/step.py: TrainState.fixed",

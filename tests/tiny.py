@@ -157,16 +157,18 @@ def train(
 ) -> dict[str, Any]:
     """What the training command does before it evaluates: prepare, then train or resume."""
     from common.backends import load_encoder, load_trainer
-    from common.prepare import prepare
+    from common.prepare import load_data, load_old_data, prepare, run_fingerprint
     from common.runs import RunFolder
 
-    prepared = prepare(config, load_encoder(config.model.base, backend, say=say), say=say)
+    data, old = load_data(config.data), load_old_data(config)
+    encoder = config.model.base if config.data.encoder == "default" else config.data.encoder
+    prepared = prepare(config, load_encoder(encoder, backend, say=say), data, old, say=say)
     folder = RunFolder.create(
         runs,
         config.name,
         to_dict(config),
         resume=not fresh,
-        data_fingerprint=prepared.data.training_fingerprint,
+        data_fingerprint=run_fingerprint(data, old),
     )
     with folder:
         return load_trainer(backend)(config, prepared, folder, say=say)

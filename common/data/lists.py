@@ -11,8 +11,8 @@ import io
 import os
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from common.errors import UserError
 
 NO_POSITIVE = "queries without a relevant passage"
 NO_NEGATIVE = "queries without a negative"
+FEW_CANDIDATES = "queries with fewer than two candidates"
 Related = Mapping[str, Mapping[str, float]]  # query id -> related query id -> weight in (0, 1]
 
 
@@ -77,6 +78,32 @@ def build_lists(
         kept = np.random.default_rng(seed).permutation(len(found))[:max_samples]
         found = [found[i] for i in sorted(kept)]
     return _with_related(found, related or {}), dict(dropped)
+
+
+def unlabelled_lists(
+    data: RankingData,
+    queries: Iterable[str],
+    run: Run,
+    pool_size: int,
+    max_queries: int | None = None,
+    seed: int = 0,
+) -> tuple[list[TrainingList], dict[str, int]]:
+    """Lists of queries (ids) whose labels are not read, and how many were dropped for what reason.
+
+    The candidates are the `pool_size` best of `run`; all stand as negatives. `max_queries` keeps a random
+    subset, drawn with `seed`. Raises UserError when no list remains.
+    """
+    ids = sorted(queries)
+    if max_queries is not None and max_queries < len(ids):
+        ids = sorted(ids[i] for i in np.random.default_rng(seed).permutation(len(ids))[:max_queries])
+    found = [_one_list(data, query, {}, run.get(query, {}), pool_size, set()) for query in ids]
+    kept = [replace(item, teacher=()) for item in found if len(item.negatives) > 1]
+    if not kept:
+        raise UserError(
+            f"{data.name}: none of its {len(ids):,} queries has two candidates to preserve an order of; give "
+            "queries, and a corpus in which they find passages"
+        )
+    return kept, {FEW_CANDIDATES: len(found) - len(kept)} if len(kept) < len(found) else {}
 
 
 def given_negatives(data: RankingData) -> Run:

@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from common.errors import UserError
-from common.text import PASSAGE, QUERY, PairTokenizer, bucket_for
+from common.text import PASSAGE, QUERY, Encoded, PairTokenizer, bucket_for, join_pair
 
 if TYPE_CHECKING:
     from common.config import DataConfig
     from common.data.lists import TrainingList
+    from common.data.original import OriginalOutputs
 
 WINDOW_BATCHES = 16  # lists are sorted by length inside shuffled windows of this many batches
 
 
 Embed = Callable[[Sequence[str]], np.ndarray]  # texts -> vectors [N, D]
+Recall = Callable[[Sequence[Encoded]], "OriginalOutputs"]  # pairs -> what the frozen original says of them
 
 
 class ListSource(Protocol):
@@ -45,6 +47,10 @@ class ListBatch:
     query_vectors: np.ndarray  # float32 [B, D]: the base's own of the text alone; D is 0 without `vectors`
     passage_vectors: np.ndarray  # float32 [B, L, D]
     teacher: np.ndarray  # float32 [B, L]: a teacher's scores, NaN where there is none
+    # of the frozen original, in a retraining that preserves it:
+    original_scores: np.ndarray  # float32 [B, L], NaN where there is none
+    original_query: np.ndarray  # float32 [B, L, 2, C]: (re, im) of its states; C is 0 without them
+    original_passage: np.ndarray  # float32 [B, L, 2, C]
 
     @property
     def token_share(self) -> float:
@@ -105,7 +111,9 @@ class ListPlan:
     An epoch holds every list once, less the N mod batch_size of an incomplete batch, others each epoch. A
     list shows its best graded positives (ties at random), at most `max_positives`, and negatives drawn from
     its pool without replacement. With `pair_related` a query stands beside its most related free one (an odd
-    batch size parts some at the borders). len(plan) is the number of steps of an epoch. Raises UserError
+    batch size parts some at the borders). With `fixed` a list shows the same candidates in every epoch, and
+    `recall` then gives what a frozen original says of them. Of `beside`, another plan, each batch holds the
+    lists of the same step behind its own. len(plan) is the number of steps of an epoch. Raises UserError
     when there are fewer lists than a batch holds, or a pair longer than every bucket.
     """
 
@@ -118,6 +126,10 @@ class ListPlan:
         seed: int,
         pair_related: bool,
         embed: Embed | None = None,
+        *,
+        fixed: bool = False,
+        recall: Recall | None = None,
+        beside: ListPlan | None = None,
     ) -> None:
         if len(source) < batch_size:
             raise UserError(
@@ -129,11 +141,13 @@ class ListPlan:
         self.in_batch_negatives = cfg.in_batch_negatives
         self.buckets = tuple(sorted(cfg.length_buckets))
         self.batch_size, self.seed, self.pair_related = batch_size, seed, pair_related
+        self.fixed, self.beside = fixed or recall is not None, beside
         self._epoch: tuple[int, list[list[_PlannedList]]] | None = None
         longest_query = max(map(len, self.lists.queries))  # meets any passage of the batch
         longest_passage = max(map(len, self.lists.passages))
         far = longest_query + longest_passage if self.in_batch_negatives else 0
         bucket_for(max(self.lists.longest, far), self.buckets)
+        self._original = None if recall is None else self._recalled(recall)
 
     def __len__(self) -> int:
         return len(self.lists) // self.batch_size
@@ -143,7 +157,8 @@ class ListPlan:
         epoch, position = divmod(step, len(self))
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = (epoch, self._plan_epoch(epoch))
-        return self._assemble(self._epoch[1][position])
+        batch = self._assemble(self._epoch[1][position])
+        return batch if self.beside is None else joined(batch, self.beside.batch(step), self.lists.pad_id)
 
     def loader(self, steps: int) -> Any:
         """A grain iterator over the first `steps` batches of the run, with get_state() and set_state()."""
@@ -169,6 +184,8 @@ class ListPlan:
 
     def _draw(self, index: int, rng: np.random.Generator) -> _PlannedList:
         """Sample one epoch's candidates of a list."""
+        if self.fixed:
+            rng = np.random.default_rng((self.seed, index))
         grades, pool = self.lists.grades[index], self.lists.negatives[index]
         best_first = np.lexsort((rng.random(len(grades)), -grades))
         chosen = best_first[: min(self.max_positives, self.list_size - 1)]
@@ -246,7 +263,35 @@ class ListPlan:
         query_index = self._index(items)
         related = self._relatedness(query_index)
         vectors = self._vectors(items)
-        return ListBatch(input_ids, sides, labels, mask, related, query_index, *vectors, teacher)
+        return ListBatch(
+            input_ids, sides, labels, mask, related, query_index, *vectors, teacher, *self._remembered(items)
+        )
+
+    def _recalled(self, recall: Recall) -> tuple[np.ndarray, OriginalOutputs]:
+        """Where each list's pairs begin, and the original's outputs of all of them."""
+        unused = np.random.default_rng(0)
+        drawn = [self._draw(index, unused).candidates for index in range(len(self.lists))]
+        starts = np.cumsum([0, *map(len, drawn)])
+        pairs = [
+            join_pair(query, self.lists.passages[candidate])
+            for query, candidates in zip(self.lists.queries, drawn, strict=True)
+            for candidate in candidates
+        ]
+        return starts, recall(pairs)
+
+    def _remembered(self, items: Sequence[_PlannedList]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The original's scores [B, L] and its states of query and passage, each [B, L, 2, C]."""
+        size = (self.batch_size, self.list_size)
+        width = 0 if self._original is None else self._original[1].state_size
+        scores, states = np.full(size, np.nan, np.float32), np.zeros((*size, 2, 2, width), np.float32)
+        if self._original is not None:
+            starts, outputs = self._original
+            for row, item in enumerate(items):
+                count = len(item.candidates)
+                known = outputs.rows(int(starts[item.index]), count)  # [count, 1 + 4C]
+                scores[row, :count] = known[:, 0]
+                states[row, :count] = known[:, 1:].reshape(count, 2, 2, width)
+        return scores, states[:, :, 0], states[:, :, 1]
 
     def _vectors(self, items: Sequence[_PlannedList]) -> tuple[np.ndarray, np.ndarray]:
         """Vectors of the texts alone: queries [B, D], passages [B, L, D], zero at padding."""
@@ -265,6 +310,29 @@ class ListPlan:
         weights = np.maximum(weights, weights.T)
         np.fill_diagonal(weights, 0.0)
         return weights
+
+
+def joined(new: ListBatch, old: ListBatch, pad_id: int) -> ListBatch:
+    """The lists of `old` behind those of `new`, padded to the longer of both; unrelated to each other.
+
+    `query_index` of an old list is -1 - its position, so that it is never a new one's.
+    """
+    length = max(new.input_ids.shape[-1], old.input_ids.shape[-1])
+    count = len(new.mask)
+    related = np.zeros((count + len(old.mask),) * 2, np.float32)
+    related[:count, :count], related[count:, count:] = new.related, old.related
+    parts: dict[str, tuple[np.ndarray, ...]]
+    parts = {name: (values, getattr(old, name)) for name, values in vars(new).items() if name != "related"}
+    for name, fill in (("input_ids", pad_id), ("sides", 0)):
+        parts[name] = tuple(_lengthened(values, length, fill) for values in parts[name])
+    parts["query_index"] = (new.query_index, -1 - old.query_index)
+    return ListBatch(related=related, **{name: np.concatenate(pair) for name, pair in parts.items()})
+
+
+def _lengthened(values: np.ndarray, length: int, fill: int) -> np.ndarray:
+    """Token ids or sides [B, L, S] with `length` positions, the new ones at their end."""
+    missing = ((0, 0), (0, 0), (0, length - values.shape[-1]))
+    return np.pad(values, missing, constant_values=fill)
 
 
 def _teacher_of(item: TrainingList) -> np.ndarray:

@@ -38,12 +38,13 @@ def load_ranking_data(
     test_fraction: float = 0.1,
     seed: int = 0,
     cache_dir: str | Path | None = None,
+    labels: bool = True,
 ) -> RankingData:
     """Ranking data named "pydocs", at a path (.jsonl or .json triples, BEIR or TREC folder), or on the hub.
 
     Splits that are not published are cut from train by a hash of the query id and `seed`: `dev_fraction`, and
-    `test_fraction` when train is the only split (each in [0, 1)). Raises UserError naming what was tried, or
-    each bad row.
+    `test_fraction` when train is the only split (each in [0, 1)). Without `labels` a BEIR folder may lack its
+    judgements: the data then has no splits. Raises UserError naming what was tried, or each bad row.
     """
     for option, value in (("dev_fraction", dev_fraction), ("test_fraction", test_fraction)):
         if not 0 <= value < 1:
@@ -55,7 +56,8 @@ def load_ranking_data(
         return build_pydocs()
     if path.is_dir():
         bad = BadRows(on_bad_row)
-        data = _load_hub(str(path), bad, cache_dir) if _is_hub_folder(path) else _load_folder(path, bad)
+        hub = _is_hub_folder(path)
+        data = _load_hub(str(path), bad, cache_dir) if hub else _load_folder(path, bad, labels)
     elif path.is_file():
         triples, dropped = parse_triples(path, on_bad_row)
         data = triples_data(path.name.split(".")[0], {"train": triples}, dropped)
@@ -106,7 +108,7 @@ def _part(text: str, fractions: Mapping[str, float], seed: int) -> str:
 # --- BEIR and TREC folders ---
 
 
-def _load_folder(folder: Path, bad: BadRows) -> RankingData:
+def _load_folder(folder: Path, bad: BadRows, labels: bool = True) -> RankingData:
     corpus_file, queries_file = _one_of(folder, "corpus"), _one_of(folder, "queries")
     qrels_files = _qrels_files(folder)
     missing = [
@@ -114,7 +116,7 @@ def _load_folder(folder: Path, bad: BadRows) -> RankingData:
         for what, found in (
             ("corpus.jsonl[.gz]", corpus_file),
             ("queries.jsonl[.gz]", queries_file),
-            ("qrels/<split>.tsv or <split>.qrels", qrels_files),
+            ("qrels/<split>.tsv or <split>.qrels", qrels_files or not labels),
         )
         if not found
     ]

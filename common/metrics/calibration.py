@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,8 +9,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
-
-FEATURES = ("entropy", "margin", "resonance")
 
 
 def confidence_features(scores: ArrayLike, resonance: ArrayLike, temperature: float = 1.0) -> Array:
@@ -71,14 +68,20 @@ class Confidence:
         return cls(bias=float(stored["bias"]), **lists)
 
 
-def expected_calibration_error(probability: ArrayLike, correct: ArrayLike, bins: int = 15) -> float:
-    """Mean |confidence - accuracy| in [0, 1] over `bins` bins that hold equally many queries."""
+def reliability(probability: ArrayLike, correct: ArrayLike, bins: int = 15) -> Array:
+    """[bins, 3], a row (mean confidence, accuracy, queries) for each bin of equally many queries, by rising
+    confidence; empty bins are left out. Raises ValueError without queries."""
     p, y = np.asarray(probability, np.float64), np.asarray(correct, np.float64)
     if p.size == 0:
         raise ValueError("no queries to calibrate on")
-    order = np.argsort(p, kind="stable")
-    parts = [part for part in np.array_split(order, bins) if part.size]
-    return float(sum(abs(p[part].sum() - y[part].sum()) for part in parts) / p.size)
+    parts = [part for part in np.array_split(np.argsort(p, kind="stable"), bins) if part.size]
+    return np.array([[p[part].mean(), y[part].mean(), part.size] for part in parts])
+
+
+def expected_calibration_error(probability: ArrayLike, correct: ArrayLike, bins: int = 15) -> float:
+    """Mean |confidence - accuracy| in [0, 1] over `bins` bins that hold equally many queries."""
+    confidence, accuracy, queries = reliability(probability, correct, bins).T
+    return float(np.sum(np.abs(confidence - accuracy) * queries) / queries.sum())
 
 
 def auroc(score: ArrayLike, correct: ArrayLike) -> float:
@@ -90,23 +93,6 @@ def auroc(score: ArrayLike, correct: ArrayLike) -> float:
     if positives == 0 or others == 0:
         return float("nan")
     return float((rankdata(s)[y].sum() - positives * (positives + 1) / 2) / (positives * others))
-
-
-def confidence_report(
-    confidence: Confidence, features: ArrayLike, correct: ArrayLike, names: Sequence[str] = FEATURES
-) -> dict[str, float]:
-    """ECE and AUROC of the confidence on held-out queries, and the AUROC of each feature alone (whichever way
-    it points)."""
-    x, probability = np.asarray(features, np.float64), confidence.predict(features)
-    report = {
-        "queries": float(len(x)),
-        "ece": expected_calibration_error(probability, correct),
-        "auroc": auroc(probability, correct),
-    }
-    for column, name in enumerate(names):
-        alone = auroc(x[:, column], correct)
-        report[f"auroc_{name}"] = max(alone, 1.0 - alone)
-    return report
 
 
 def _logistic(x: Array, y: Array, ridge: float) -> tuple[Array, float]:

@@ -2,7 +2,7 @@
 
 A loss is a pair (numerator, denominator): both are summed over devices and micro-batches, then divided as
 numerator / max(1, denominator). Gradients are those of the numerator.
-Twins: {jax_impl,mlx_impl}/losses/{ranking,quantum}.py.
+Twins: {jax_impl,mlx_impl}/losses/{ranking,quantum,preservation}.py.
 """
 
 from __future__ import annotations
@@ -320,3 +320,37 @@ def entanglement_loss(
             else:
                 repel, pushed = repel + max(0.0, float(overlap) - margin), pushed + 1
     return (float(attract), float(pulled)), (float(repel), float(pushed))
+
+
+def preservation_loss(scores: Array, original: Array, mask: Mask) -> Pair:
+    """Sum over lists of KL(softmax(s_old) || softmax(s_new)) over the candidates that the original has
+    scored, and the lists with at least two of them; labels do not count."""
+    total, lists = 0.0, 0
+    for row, known in enumerate(mask & np.isfinite(original)):
+        if known.sum() > 1:
+            old, new = _log_softmax(original[row, known]), _log_softmax(scores[row, known])
+            total, lists = total + float(np.exp(old) @ (old - new)), lists + 1
+    return total, float(lists)
+
+
+def preservation_loss_gradient(scores: Array, original: Array, mask: Mask) -> Array:
+    """p_new - p_old, [B, L]."""
+    gradient = np.zeros(scores.shape)
+    for row, known in enumerate(mask & np.isfinite(original)):
+        if known.sum() > 1:
+            old, new = (np.exp(_log_softmax(values[row, known])) for values in (original, scores))
+            gradient[row, known] = new - old
+    return gradient
+
+
+def state_preservation_loss(re: Array, im: Array, original_re: Array, original_im: Array, mask: Mask) -> Pair:
+    """Sum of 1 - Re<psi_old|psi_new> over the real candidates, and their number; labels do not count."""
+    overlap = (re * original_re + im * original_im).sum(-1)
+    return float((1.0 - overlap)[mask].sum()), float(mask.sum())
+
+
+def state_preservation_loss_gradient(
+    original_re: Array, original_im: Array, mask: Mask
+) -> tuple[Array, Array]:
+    """Of the numerator by re and by im: -psi_old, 0 at padding."""
+    return -original_re * mask[..., None], -original_im * mask[..., None]

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from common.backends import checkpoint_identity
 from common.config import RerankerConfig, to_dict
 from common.data.pipeline import ListBatch
 from common.errors import UserError
-from common.hub import resolve_model
-from common.prepare import Prepared, plan_batches
+from common.prepare import Prepared, plan_batches, resolve_base
 from common.progress import progress
 from common.runs import RunFolder, environment
 from common.schedule import Phase, phase_at
@@ -37,7 +37,7 @@ from common.training import (
 )
 from jax_impl.loading import LoadedReranker, load_cross_encoder, save_cross_encoder
 from jax_impl.models.lora import add_lora, trainable
-from jax_impl.scoring import JaxEncoder, JaxScorer, default_dtype
+from jax_impl.scoring import JaxEncoder, JaxOriginal, JaxScorer, default_dtype
 from jax_impl.training.optimizer import learning_rate, make_optimizer
 from jax_impl.training.state import StateFolder
 from jax_impl.training.step import Batch, Moment, TrainState, make_step
@@ -57,10 +57,12 @@ class Trainer:
         self.config, self.prepared, self.folder, self.say = config, prepared, folder, say
         train, data = config.train, config.data
         self.dtype = default_dtype(train.precision)
-        directory = resolve_model(config.model.base, say=say)
+        directory = resolve_base(config, say=say)
         self.tokenizer = PairTokenizer(directory, data.max_query_tokens, data.max_passage_tokens)
         self.loaded = _load(config, directory, self.dtype)
-        self.plan = plan_batches(config, prepared, self.tokenizer, self._base_encoder(directory))
+        original = self._frozen(directory)
+        self._original = None if original is None else original.identity
+        self.plan = plan_batches(config, prepared, self.tokenizer, self._base_encoder(directory), original)
         self.steps = planned_steps(config, len(self.plan))
         self._report_start()
         graphdef, learned, fixed = nnx.split(self.loaded.model, _learns(config), ...)  # type: ignore[misc]
@@ -70,10 +72,11 @@ class Trainer:
         self.mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         self._step = make_step(config, graphdef, optimizer, key if dropout else None, everywhere)
-        if train.batch_size // train.micro_batches % jax.device_count():
+        if config.lists_per_step // train.micro_batches % jax.device_count():
+            beside = " + retrain.old_batch_size" if config.retrain.old_data else ""
             raise UserError(
-                f"train.batch_size {train.batch_size} / micro_batches {train.micro_batches} does not divide "
-                f"over {jax.device_count()} devices; choose a multiple."
+                f"train.batch_size{beside} {config.lists_per_step} / micro_batches {train.micro_batches} "
+                f"does not divide over {jax.device_count()} devices; choose a multiple."
             )
         state = TrainState(learned, fixed, optimizer.init(learned), jnp.zeros((), jnp.int32))
         self.state: TrainState = jax.device_put(state, everywhere)
@@ -91,6 +94,14 @@ class Trainer:
             return None
         return JaxEncoder(directory)
 
+    def _frozen(self, directory: Path) -> JaxOriginal | None:
+        """The base before any step, where the recipe preserves what it says."""
+        if not self.config.preserves:
+            return None
+        identity = checkpoint_identity(directory, str(self.dtype))
+        states = self.config.retrain.resonance_alignment > 0
+        return JaxOriginal(self.loaded.model, self.tokenizer, identity, states=states)
+
     def run(self) -> dict[str, Any]:
         """Train to the end; returns the summary that training.json holds. Raises UserError (see `errors`)."""
         with contextlib.closing(StateFolder(self.folder.state)) as states, interruptible() as stop:
@@ -107,8 +118,14 @@ class Trainer:
     def _restore(self, states: StateFolder) -> dict[str, Any]:
         if states.latest() is None:
             self.folder.rewind(-1)
-            return {"best": None, "best_step": None, "collapsed": 0, "waited": 0, "data": None}
+            begun: dict[str, Any] = {"best": None, "best_step": None, "collapsed": 0, "waited": 0}
+            return begun | {"data": None, "original": self._original}
         self.state, notes = states.load(self.state)
+        if notes.get("original") != self._original:
+            raise UserError(
+                f"model.base {self.config.model.base}: has changed since this run began, and the run "
+                "preserves what it was. Put it back to go on, or start over with --fresh."
+            )
         self.folder.rewind(int(self.state.step))
         self.say(f"resumed at step {int(self.state.step)} of {self.steps}")
         return notes
@@ -272,9 +289,10 @@ class Trainer:
     def _report_start(self) -> None:
         began = self.loaded.settings["start"]
         start = f"a run's checkpoint that began as {began}" if self.loaded.start == "resumed" else began
+        size, config = self.config.train.batch_size, self.config
+        beside = f" + {config.retrain.old_batch_size} old" if config.retrain.old_data else ""
         self.say(
-            f"start: {start}; {self.steps} steps of {self.config.train.batch_size} "
-            f"lists of {self.config.data.list_size}; "
+            f"start: {start}; {self.steps} steps of {size}{beside} lists of {config.data.list_size}; "
             f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), {self.dtype}"
         )
         self.say(self.tokenizer.truncated)

@@ -17,6 +17,7 @@ from flax import nnx
 
 from common.config import RerankerConfig
 from common.prepare import pairs_queries
+from jax_impl.losses.preservation import preservation_loss, state_preservation_loss
 from jax_impl.losses.quantum import (
     alignment_loss,
     entanglement_loss,
@@ -55,6 +56,9 @@ class Batch(NamedTuple):
     query_vectors: jax.Array  # [B, D]
     passage_vectors: jax.Array  # [B, L, D]
     teacher: jax.Array  # [B, L]
+    original_scores: jax.Array  # [B, L]
+    original_query: jax.Array  # [B, L, 2, C]
+    original_passage: jax.Array  # [B, L, 2, C]
 
 
 class Moment(NamedTuple):
@@ -121,10 +125,36 @@ def loss_terms(
             re, im = (x.reshape(*lists, -1) for x in state)  # [B, L, C]
             terms[f"alignment_{name}"] = alignment_loss(re, im, target, jnp.zeros_like(target), *judged)
             weights[f"alignment_{name}"] = quantum.alignment_weight * (1.0 - moment.ramp)
+    if config.preserves:
+        preserved_terms, preserved_weights = _preservation_terms(config, scores, out, batch)
+        terms |= preserved_terms
+        weights |= preserved_weights
     terms["portable"] = portable_distillation(scores, portable, *judged)
     terms["entropy"] = superposition_entropy(scores, *judged, moment.temperature)
     weights |= {"portable": quantum.portable_weight, "entropy": 0.0}
     return terms, weights
+
+
+def _preservation_terms(
+    config: RerankerConfig, scores: jax.Array, out: PairOutput, batch: Batch
+) -> tuple[Terms, dict[str, float | jax.Array]]:
+    """How far scores and states have moved from the frozen original's, over labelled and unlabelled lists."""
+    retrain = config.retrain
+    terms: Terms = {}
+    if retrain.preserve_knowledge > 0:
+        terms["preserve"] = preservation_loss(scores, batch.original_scores, batch.mask)
+    if retrain.resonance_alignment > 0:
+        known = batch.mask & jnp.isfinite(batch.original_scores)
+        for name, state, original in (
+            ("query", out.query, batch.original_query),
+            ("passage", out.passage, batch.original_passage),
+        ):
+            re, im = (x.reshape(*batch.mask.shape, -1) for x in state)  # [B, L, C]
+            fixed = original[..., 0, :], original[..., 1, :]  # [B, L, C]
+            terms[f"preserve_{name}"] = state_preservation_loss(re, im, *fixed, known)
+    weights = {"preserve": retrain.preserve_knowledge}
+    weights |= dict.fromkeys(("preserve_query", "preserve_passage"), retrain.resonance_alignment)
+    return terms, {name: weights[name] for name in terms}
 
 
 def portable_distillation(scores: jax.Array, portable: jax.Array, labels: jax.Array, mask: jax.Array) -> Pair:
@@ -202,7 +232,8 @@ def denominators(config: RerankerConfig, micro: list[Batch]) -> dict[str, jax.Ar
     totals: dict[str, jax.Array] = {}
     for batch in micro:
         nothing = jnp.zeros(batch.mask.size)
-        state = (jnp.zeros((batch.mask.size, max(1, batch.query_vectors.shape[-1]))),) * 2
+        width = max(1, batch.query_vectors.shape[-1], batch.original_query.shape[-1])
+        state = (jnp.zeros((batch.mask.size, width)),) * 2
         out = PairOutput(nothing, nothing, nothing, state, state)
         terms, _ = loss_terms(config, out, batch, Moment(1.0, 0.0, 0.0))
         totals = {name: totals.get(name, 0.0) + pair[1] for name, pair in terms.items()}

@@ -17,8 +17,7 @@ import mlx.nn as nn
 from common.config import RerankerConfig, to_dict
 from common.data.pipeline import ListBatch
 from common.errors import UserError
-from common.hub import resolve_model
-from common.prepare import Prepared, plan_batches
+from common.prepare import Prepared, plan_batches, resolve_base
 from common.progress import progress
 from common.runs import RunFolder, environment
 from common.schedule import Phase, phase_at
@@ -55,9 +54,14 @@ class Trainer:
         say: Callable[[str], None] = print,
     ) -> None:
         self.config, self.prepared, self.folder, self.say = config, prepared, folder, say
+        if config.preserves:
+            raise UserError(
+                "retraining that preserves the original runs on JAX so far: add --backend jax, or set "
+                "--retrain.preserve-knowledge 0 and --retrain.resonance-alignment 0."
+            )
         train, data = config.train, config.data
         self.dtype = default_dtype(train.precision)
-        directory = resolve_model(config.model.base, say=say)
+        directory = resolve_base(config, say=say)
         self.tokenizer = PairTokenizer(directory, data.max_query_tokens, data.max_passage_tokens)
         self.loaded = _load(config, directory, self.dtype)
         self.plan = plan_batches(config, prepared, self.tokenizer, self._base_encoder(directory))

@@ -112,6 +112,46 @@ def test_what_is_misspelt_or_out_of_range_is_refused_with_what_is_allowed(
         parsed(*argv)
 
 
+def test_the_retraining_recipes_keep_what_the_base_knew() -> None:
+    recipe = str(ROOT / "configs" / "quantum_retrain.py")
+    for preset, mode in ((None, "adaptation"), ("resonance", "resonance"), ("entanglement", "entanglement")):
+        config = load_recipe(recipe, preset).validate()
+        assert config.retrains and config.preserves and config.quantum.mode == mode
+        assert config.retrain.preserve_knowledge == 0.3 and config.retrain.analyze_existing
+    config, _ = parse_command(
+        "", ["--config", recipe, "--model.base", "runs/x/best", "--retrain.old-data", "b"]
+    )
+    assert (config.model.base, config.retrain.old_data, config.lists_per_step) == ("runs/x/best", "b", 12)
+    assert not load_recipe(RERANKER).retrains
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--retrain.preserve-knowledge", "-0.1"], r"retrain\.preserve_knowledge is -0\.1; allowed: >= 0"),
+        (["--retrain.resonance-alignment=-1"], r"retrain\.resonance_alignment is -1\.0; allowed: >= 0"),
+        (["--retrain.old-batch-size", "0"], r"retrain\.old_batch_size is 0; allowed: >= 1"),
+        (["--retrain.old-queries", "0"], r"retrain\.old_queries is 0; allowed: >= 1"),
+        (["--retrain.old-data", "b"], r"retrain\.old_data is 'b'; allowed: with preserve_knowledge or"),
+        (
+            ["--retrain.preserve-knowledge=1", "--data.in-batch-negatives=1"],
+            r"in_batch_negatives is 1; allowed: 0 in a retraining",
+        ),
+        (
+            [
+                *("--retrain.preserve-knowledge=1", "--retrain.old-data=b"),
+                *("--retrain.old-batch-size=3", "--train.micro-batches=2"),
+            ],
+            r"micro_batches is 2; allowed: a divisor of retrain\.old_batch_size too",
+        ),
+        (["--retrain.preserve-knowlege", "1"], r"did you mean --retrain\.preserve-knowledge\?"),
+    ],
+)
+def test_retraining_settings_out_of_range_are_refused(argv: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parsed(*argv)
+
+
 def test_every_field_out_of_range_is_named_at_once() -> None:
     with pytest.raises(UserError) as caught:
         parsed("--data.list-size", "1", "--train.learning-rate", "-1", "--evaluation.depth", "0")

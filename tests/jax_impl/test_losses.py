@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from common.reference.cases import ListCase, parity_error, random_lists
-from jax_impl.losses import quantum, ranking
+from jax_impl.losses import preservation, quantum, ranking
 from jax_impl.models.projector import normalise
 
 # name -> (loss of (values, labels, mask), its denominators, which field of a case holds the values)
@@ -34,6 +34,28 @@ LIST_LOSSES: dict[str, tuple[Callable, Callable, str]] = {
         "resonance",
     ),
 }
+
+
+def test_what_is_preserved_are_differences_within_a_list_and_states(seed: int) -> None:
+    """A constant a list costs nothing, padding and lists of one candidate neither; the gradient is finite."""
+    case = random_lists(seed)
+    mask = jnp.asarray(case.mask)
+    scores = jnp.where(mask, jnp.asarray(case.scores, jnp.float32), 0.0)
+    shift = jnp.asarray(np.random.default_rng(seed).normal(0, 5, (len(scores), 1)), jnp.float32)
+    original = jnp.where(mask, scores + shift, jnp.nan)
+    value, lists = preservation.preservation_loss(scores, original, mask)
+    assert float(value) == pytest.approx(0.0, abs=1e-3) and lists == int((case.mask.sum(axis=1) > 1).sum())
+    gradient = jax.grad(lambda s: preservation.preservation_loss(s, -original, mask)[0])(scores)
+    assert jnp.isfinite(gradient).all() and not gradient[~mask].any() and not gradient[2].any()
+    nowhere = jnp.full(scores.shape, jnp.nan)
+    assert preservation.preservation_loss(scores, nowhere, mask) == (0.0, 0.0)
+    states = normalise(jnp.asarray(case.query_re), jnp.asarray(case.query_im))
+    turned = (-states[0], -states[1])
+    for other, cost in ((states, 0.0), (turned, 2.0)):
+        total_cost, count = preservation.state_preservation_loss(*states, *other, mask)
+        assert count == case.mask.sum() and float(total_cost) == pytest.approx(cost * float(count), abs=1e-3)
+
+
 every_list_loss = pytest.mark.parametrize("name", LIST_LOSSES)
 
 

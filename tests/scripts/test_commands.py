@@ -20,7 +20,7 @@ from common.runs import read_metrics
 from tests.tiny import FILLER, World, command
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("prepare_data", "train", "evaluate", "rerank", "mine_negatives")
+COMMANDS = ("prepare_data", "train", "evaluate", "analyze", "rerank", "mine_negatives")
 
 
 def run(name: str, *argv: object) -> str:
@@ -229,6 +229,90 @@ def test_reranking_prints_ranked_lines_and_json(project: Project, tmp_path: Path
     assert lines[1].split()[1] == f"{ranking['passages'][0]['score']:.3f}"
 
 
+def test_the_table_says_whether_the_confidence_is_right(project: Project) -> None:
+    stored = json.loads(project.evaluate(project.run / "best", "--json", "-", "--first-stage", "bm25", "rrf"))
+    rows = [(row["pool"], row["result"]["what"]) for row in stored["confidence"]]
+    assert rows.count(("bm25", "top score alone")) == rows.count(("rrf", "entropy alone")) == 1
+    assert all(0 <= row["result"]["ece"] <= 1 for row in stored["confidence"])
+    assert "Confidence that the top passage is relevant" in project.trained
+
+
+def test_analysing_a_run_writes_into_its_folder_and_its_report(project: Project, tmp_path: Path) -> None:
+    elsewhere = replace(project, runs=tmp_path)
+    shutil.copytree(project.run, elsewhere.run)
+    said = run("analyze", elsewhere.run, "--data", project.world.data, "--encoder", project.world.base)
+    for part in ("relevant and other pairs", "AUROC", "The hardest queries", "analysis-test.png", "report: "):
+        assert part in said
+    stored = json.loads((elsewhere.run / "analysis-test.json").read_text())
+    assert stored["model"] == "tiny/best" and set(stored["quantities"]) == {
+        *("score", "resonance", "overlap", "coherence")
+    }
+    report = (elsewhere.run / "report.html").read_text()
+    assert "Analysis of tiny/best on data test" in report and "rrf → tiny/best, alone" in report
+    assert "Loss terms" in report
+
+
+def test_a_model_that_is_no_run_s_is_analysed_into_a_named_folder(project: Project, tmp_path: Path) -> None:
+    argv = [project.world.base, "--data", project.world.data, "--encoder", "none", "--first-stage", "bm25"]
+    with pytest.raises(UserError, match=r"is no run's checkpoint.*name one with --out"):
+        run("analyze", *argv)
+    run("analyze", *argv, "--out", tmp_path / "there", "--split", "dev")
+    assert {file.suffix for file in (tmp_path / "there").glob("analysis-dev.*")} == {".json", ".png", ".html"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--split", "tset"], r"no split 'tset'; it has dev, test, train"),
+        (["--depth", "0"], "--depth is 0; allowed: >= 1"),
+        (["--encoder", "none"], "add --first-stage bm25"),
+    ],
+)
+def test_analyze_refuses_nonsense(project: Project, tmp_path: Path, argv: list[str], message: str) -> None:
+    flags = ["--data", project.world.data, "--encoder", project.world.base, "--out", tmp_path]
+    with pytest.raises(UserError, match=message):
+        run("analyze", project.run / "best", *flags, *argv)
+    with pytest.raises(UserError, match=r"not a checkpoint directory, it has no config\.json"):
+        run("analyze", project.runs, *flags)
+    bare = tmp_path / "bare"  # a split that judges nothing relevant
+    (bare / "qrels").mkdir(parents=True)
+    (bare / "corpus.jsonl").write_text('{"_id": "d", "text": "a"}\n')
+    (bare / "queries.jsonl").write_text('{"_id": "q", "text": "a"}\n')
+    (bare / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td\t0\n")
+    with pytest.raises(UserError, match="split 'test': no query has a passage with a grade above 0"):
+        run("analyze", project.run / "best", *flags, "--data", bare)
+
+
+def test_retraining_analyses_the_original_first_and_once(project: Project, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.py"
+    text = project.recipe.read_text()
+    assert text.count("name='tiny'") == 1
+    recipe.write_text(text.replace("name='tiny'", "name='again'"))
+    flags = ["--model.base", project.run, "--quantum.mode", "adaptation", "--train.max-steps", 2]
+    flags += ["--retrain.preserve-knowledge", 0.3, "--retrain.analyze-existing", "--evaluate-start"]
+    retrained = replace(project, recipe=recipe, runs=tmp_path / "runs")
+    said = retrained.train(
+        *flags, "--retrain.old-data", project.world.data, "--retrain.resonance-alignment", 0.1
+    )
+    folder = retrained.runs / "again"
+    assert said.index("tiny/best on data dev: relevant and other pairs") < said.index("dev at step 0")
+    assert "49 unlabelled lists by rrf" in said and "rrf → tiny/best, alone" in said
+    stored = json.loads((folder / "analysis-original.json").read_text())
+    assert (stored["model"], stored["split"]) == ("tiny/best", "dev")
+    assert "Analysis of tiny/best on data dev" in (folder / "report.html").read_text()
+    again = retrained.train(
+        *flags, "--retrain.old-data", project.world.data, "--retrain.resonance-alignment", 0.1
+    )
+    assert "is finished" in again and "relevant and other pairs" not in again
+
+
+def test_a_retraining_never_writes_over_its_own_base(project: Project) -> None:
+    before = (project.run / "best" / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"lies in this run's own folder .* choose another --name"):
+        project.train("--model.base", project.run / "best", "--fresh")
+    assert (project.run / "best" / "model.safetensors").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -257,6 +341,11 @@ def test_without_an_encoder_there_is_bm25_only(project: Project) -> None:
     ("argv", "message"),
     [
         (["--model.base", "./nowhere"], r"nowhere.*Check the path"),
+        (["--quantum.mode", "adaptation"], r"has no resonance\.safetensors.*Train one first"),
+        (
+            ["--retrain.preserve-knowledge", "1", "--retrain.old-data", "./no"],
+            r"data '\./no': no file or folder",
+        ),
         (["--data", "./no.jsonl"], r"data '\./no\.jsonl': no file or folder"),
         (["--data.test-split", "tset"], "no split 'tset'; it has dev, test, train"),
         (["--trian.epochs", "3"], "did you mean --train.epochs"),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from common.data.lists import (
+    FEW_CANDIDATES,
     NO_NEGATIVE,
     NO_POSITIVE,
     TrainingList,
@@ -19,6 +20,7 @@ from common.data.lists import (
     random_negatives,
     read_lists,
     related_queries,
+    unlabelled_lists,
     write_lists,
 )
 from common.data.records import RankingData
@@ -67,6 +69,21 @@ def test_max_samples_keeps_a_subset_that_the_seed_decides(data: RankingData) -> 
     assert subsets[0] == subsets[1]
     assert all(len(subset) == 2 and set(subset) <= set(everything) for subset in subsets)
     assert len({tuple(subset) for subset in subsets}) > 1
+
+
+def test_unlabelled_lists_take_the_best_passages_and_read_no_label(data: RankingData, tmp_path: Path) -> None:
+    lists, dropped = unlabelled_lists(data, ["q0", "q1", "q2", "q4"], RUN, pool_size=2)
+    assert [(item.query_id, item.negatives) for item in lists] == [
+        ("q0", ("passage 0", "passage 7")),  # the copy of the relevant passage is the same text
+        ("q1", ("passage 2", "passage 5")),  # the relevant one too
+    ]
+    assert all(not item.positives and not item.grades and not item.teacher for item in lists)
+    assert dropped == {FEW_CANDIDATES: 2}
+    assert list(read_lists(write_lists(lists, tmp_path))) == lists
+    some, _ = unlabelled_lists(data, ["q0", "q1"], RUN, pool_size=2, max_queries=1)
+    assert len(some) == 1 and some[0] in lists
+    with pytest.raises(UserError, match="toy: none of its 1 queries has two candidates"):
+        unlabelled_lists(data, ["q2"], RUN, pool_size=5)
 
 
 def test_given_negatives_keep_their_order(data: RankingData) -> None:

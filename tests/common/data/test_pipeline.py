@@ -15,6 +15,7 @@ import pytest
 
 from common.config import DataConfig
 from common.data.lists import TrainingList
+from common.data.original import OriginalOutputs
 from common.data.pipeline import ListBatch, ListPlan
 from common.errors import UserError
 from common.text import PASSAGE, QUERY, PairTokenizer
@@ -239,6 +240,95 @@ def test_epochs_and_seeds_differ(tokenizer: PairTokenizer, rng: random.Random) -
     other = [batch.query_index.tolist() for batch in loader(lists, tokenizer, seed=1, epochs=1)]
     assert order[:8] != order[8:]
     assert order[:8] != other
+
+
+def recalled(lists: list[TrainingList], tokenizer: PairTokenizer, **more: Any) -> ListPlan:
+    """A plan whose original says of a pair its number of tokens, then 4 x 2 of its last token."""
+
+    def recall(pairs: Any) -> OriginalOutputs:
+        rows = [[len(pair.ids), *[pair.ids[-2]] * 8] for pair in pairs]
+        return OriginalOutputs([np.asarray(rows, np.float32)])
+
+    return ListPlan(lists, tokenizer, CONFIG, 4, seed=3, pair_related=False, recall=recall, **more)
+
+
+def test_fixed_lists_show_the_same_candidates_in_every_epoch(
+    tokenizer: PairTokenizer, rng: random.Random
+) -> None:
+    lists = make_lists(rng, 12)
+    for fixed in (True, False):
+        plan = ListPlan(lists, tokenizer, CONFIG, 4, seed=1, pair_related=False, fixed=fixed)
+        shown: dict[int, set[tuple]] = {}
+        for step in range(4 * len(plan)):
+            batch = plan.batch(step)
+            for row, index in enumerate(batch.query_index.tolist()):
+                texts = tuple(" ".join(words_of(batch, row, c, PASSAGE)) for c in range(4))
+                shown.setdefault(index, set()).add(texts)
+        assert all(len(seen) == 1 for seen in shown.values()) is fixed
+    order = [plan.batch(step).query_index.tolist() for step in range(2 * len(plan))]
+    assert order[: len(plan)] != order[len(plan) :]  # the epochs' order still differs
+
+
+def test_each_candidate_carries_what_the_original_said_of_it(
+    tokenizer: PairTokenizer, rng: random.Random
+) -> None:
+    lists = make_lists(rng, 9, negatives=2)
+    plan = recalled(lists, tokenizer)
+    for step in range(2 * len(plan)):
+        batch = plan.batch(step)
+        assert batch.original_query.shape == batch.original_passage.shape == (4, 4, 2, 2)
+        lengths = (batch.sides > 0).sum(-1)
+        np.testing.assert_array_equal(np.isfinite(batch.original_scores), batch.mask)
+        np.testing.assert_array_equal(batch.original_scores[batch.mask], lengths[batch.mask])
+        for row, column in np.argwhere(batch.mask):
+            last = batch.input_ids[row, column, lengths[row, column] - 2]
+            assert (batch.original_passage[row, column] == last).all()
+        assert not batch.original_query[~batch.mask].any()
+
+
+def test_lists_of_the_old_domain_stand_behind_the_new_ones_without_labels(
+    tokenizer: PairTokenizer, rng: random.Random
+) -> None:
+    long = " ".join(WORDS[:39])
+    old_lists = [TrainingList(f"o{i}", "w7", (), (), (long, "w3", f"w{i}", "w5", "w6")) for i in range(6)]
+    old = recalled(old_lists, tokenizer)
+    new = make_lists(rng, 8)
+    plan = recalled(new, tokenizer, beside=old)
+    alone = recalled(new, tokenizer)
+    assert len(plan) == len(alone) == 2
+    seen = set()
+    for step in range(6):
+        batch, own, behind = plan.batch(step), alone.batch(step), old.batch(step)
+        assert batch.mask.shape == (8, 4) and not batch.labels[4:].any() and batch.mask[4:].all()
+        for name, value in vars(own).items():
+            whole = vars(batch)[name]
+            if name == "related":
+                whole = whole[:4, :4]
+            elif name in ("input_ids", "sides"):
+                whole = whole[..., : value.shape[-1]]
+            assert np.array_equal(whole[:4], value, equal_nan=value.dtype.kind == "f"), name
+        assert not batch.sides[:4, :, own.sides.shape[-1] :].any()
+        np.testing.assert_array_equal(batch.original_scores[4:], (batch.sides[4:] > 0).sum(-1))
+        np.testing.assert_array_equal(-1 - batch.query_index[4:], behind.query_index)
+        assert not batch.related[4:].any() and not batch.related[:, 4:].any()
+        seen.update(batch.query_index[4:].tolist())
+    assert seen == {-1, -2, -3, -4, -5, -6}  # other ones in its other epochs
+
+
+def test_a_restored_loader_of_both_domains_gives_what_would_have_come(
+    tokenizer: PairTokenizer, rng: random.Random
+) -> None:
+    old_lists = [TrainingList(f"o{i}", f"w{i}", (), (), ("w1", "w2", "w3 w4")) for i in range(6)]
+    new = make_lists(rng, 8)
+
+    def plan() -> ListPlan:
+        return recalled(new, tokenizer, beside=recalled(old_lists, tokenizer))
+
+    whole = list(plan().loader(7))
+    first, second = plan().loader(7), plan().loader(7)
+    assert all(same(a, b) for a, b in zip(islice(first, 3), whole, strict=False))
+    second.set_state(first.get_state())
+    assert all(same(a, b) for a, b in zip(second, whole[3:], strict=True))
 
 
 def test_truncated_pairs_are_counted(tmp_path: Path, tokenizer: PairTokenizer) -> None:

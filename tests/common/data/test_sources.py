@@ -49,6 +49,17 @@ def test_beir_folder_puts_the_title_before_the_text_and_keeps_grades(beir: Path)
     assert data.split("test") == {"q40": {"t": 2, "d3": 0}}
 
 
+def test_a_folder_may_lack_its_judgements_where_labels_are_not_read(beir: Path) -> None:
+    labelled = load_ranking_data(str(beir), labels=False)
+    assert set(labelled.qrels) == {"train", "dev", "test"}
+    for file in (beir / "qrels").iterdir():
+        file.unlink()
+    data = load_ranking_data(str(beir), labels=False)
+    assert data.qrels == {} and data.queries == labelled.queries and data.corpus == labelled.corpus
+    with pytest.raises(UserError, match=r"lacks qrels/<split>\.tsv"):
+        load_ranking_data(str(beir))
+
+
 def test_compressed_and_plain_folders_are_the_same_data(beir: Path) -> None:
     before = load_ranking_data(str(beir)).fingerprint
     corpus = beir / "corpus.jsonl"

@@ -12,7 +12,8 @@ import optax
 import pytest
 from flax import nnx
 
-from common.config import ModelConfig, RerankerConfig
+from common.config import ModelConfig, RerankerConfig, RetrainConfig
+from common.reference.cases import random_states
 from jax_impl.loading import load_cross_encoder
 from jax_impl.losses.quantum import entanglement_loss
 from jax_impl.models.cross_encoder import CrossEncoder
@@ -39,12 +40,17 @@ KINDS = {
     "superposition": {"mode": "superposition"},
     "resonance": {"mode": "resonance", "entanglement_weight": 0.0},
     "entanglement": {"mode": "entanglement"},
+    "adaptation": {"mode": "adaptation", "preserve_knowledge": 0.3, "resonance_alignment": 0.2},
 }
 
 
 def recipe(world: World, kind: str, parts: int = 1) -> RerankerConfig:
     settings = dict(KINDS[kind])
     config = world.config(batch_size=B, micro_batches=parts, objective=settings.pop("objective", "quantum"))
+    weights = {
+        name: settings.pop(name) for name in ("preserve_knowledge", "resonance_alignment") if name in settings
+    }
+    config = replace(config, retrain=replace(config.retrain, **weights))
     return replace(config, quantum=replace(config.quantum, **settings))
 
 
@@ -69,7 +75,14 @@ def random_batch(seed: int) -> Batch:
         jnp.asarray(rng.normal(size=(B, 32)), jnp.float32),
         jnp.asarray(rng.normal(size=(B, L, 32)), jnp.float32),
         jnp.asarray(np.where(rng.random((B, L)) < 0.8, rng.normal(size=(B, L)), np.nan), jnp.float32),
+        jnp.asarray(np.where(mask, rng.normal(size=(B, L)), np.nan), jnp.float32),
+        *(jnp.asarray(unit_states(rng), jnp.float32) for _ in range(2)),
     )
+
+
+def unit_states(rng: np.random.Generator) -> np.ndarray:
+    """The original's states, [B, L, 2, C]."""
+    return np.stack(random_states(rng, B, L, 32), axis=2)
 
 
 def load(world: World, rate: float = 0.0) -> CrossEncoder:
@@ -80,14 +93,18 @@ def load(world: World, rate: float = 0.0) -> CrossEncoder:
 
 
 def one_step(
-    config: RerankerConfig, model: CrossEncoder, batch: Batch, key: jax.Array | None = None
+    config: RerankerConfig,
+    model: CrossEncoder,
+    batch: Batch,
+    key: jax.Array | None = None,
+    moment: Moment = MOMENT,
 ) -> tuple[Any, dict[str, float]]:
     """Parameters after a step of plain gradient descent, and what was logged."""
     graphdef, learned, fixed = nnx.split(model, nnx.Param, ...)
     learned, fixed = jax.tree.map(jnp.copy, (learned, fixed))  # the step donates its state
     optimizer = optax.sgd(0.1)
     state = TrainState(learned, fixed, optimizer.init(learned), jnp.zeros((), jnp.int32))
-    after, logged = make_step(config, graphdef, optimizer, key)(state, batch, MOMENT)
+    after, logged = make_step(config, graphdef, optimizer, key)(state, batch, moment)
     assert int(after.step) == 1
     return after.learned, {name: float(value) for name, value in logged.items()}
 
@@ -146,6 +163,48 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(world: World, seed: int) -> N
     expected = logged["rank"] + logged["portable"] + MOMENT.ramp * (0.3 * resonance + 0.2 * entanglement)
     expected += (1.0 - MOMENT.ramp) * 2.0 * alignment
     assert logged["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_preservation_is_weighted_alike_in_every_phase_and_mode(world: World, seed: int) -> None:
+    for mode, ramp in (("adaptation", 0.0), ("resonance", 1.0)):
+        config = recipe(world, "adaptation")
+        config = replace(config, quantum=replace(config.quantum, mode=mode, alignment_weight=0.0))
+        batch, moment = random_batch(seed), MOMENT._replace(ramp=ramp)
+        _, logged = one_step(config, load(world), batch, moment=moment)
+        without = replace(config, retrain=RetrainConfig())
+        _, plain = one_step(without, load(world), batch, moment=moment)
+        states = logged["preserve_query"] + logged["preserve_passage"]
+        expected = plain["loss"] + 0.3 * logged["preserve"] + 0.2 * states
+        assert logged["loss"] == pytest.approx(expected, rel=1e-5) and logged["preserve"] > 0
+        assert not any(name.startswith("preserve") for name in plain)
+
+
+def test_unlabelled_lists_move_nothing_but_what_they_preserve(world: World, seed: int) -> None:
+    """Of a batch without labels only the preservation terms count, and they alone move the parameters."""
+    config = recipe(world, "adaptation")
+    config = replace(config, quantum=replace(config.quantum, alignment_weight=0.0))
+    batch = random_batch(seed)._replace(labels=jnp.zeros((B, L)))
+    _, logged = one_step(config, load(world), batch)
+    terms = {name: value for name, value in logged.items() if name not in ("loss", "gradient_norm")}
+    assert {name for name, value in terms.items() if value != 0} == {
+        "preserve",
+        "preserve_query",
+        "preserve_passage",
+    }
+    assert logged["gradient_norm"] > 0
+
+
+def test_a_model_that_is_still_the_original_has_nothing_to_preserve(world: World, seed: int) -> None:
+    model, batch = load(world), random_batch(seed)
+    out = model(batch.input_ids.reshape(-1, S), batch.sides.reshape(-1, S))
+    batch = batch._replace(
+        original_scores=out.score.reshape(B, L),
+        original_query=jnp.stack(out.query, axis=1).reshape(B, L, 2, -1),
+        original_passage=jnp.stack(out.passage, axis=1).reshape(B, L, 2, -1),
+    )
+    _, logged = one_step(recipe(world, "adaptation"), model, batch)
+    for name in ("preserve", "preserve_query", "preserve_passage"):
+        assert logged[name] == pytest.approx(0.0, abs=1e-5)
 
 
 def test_distillation_teaches_the_portable_score_and_leaves_the_full_one_alone(seed: int) -> None:
