@@ -37,10 +37,6 @@ JAX_ONLY = {
     "training/loop.py: Trainer.mesh",  # one device holds a Mac's arrays
     # retraining that preserves the original runs on JAX so far; MLX's loop refuses it
     "scoring.py: JaxOriginal",
-    "scoring.py: JaxOriginal(model)",
-    "scoring.py: JaxOriginal(tokenizer)",
-    "scoring.py: JaxOriginal(identity)",
-    "scoring.py: JaxOriginal(states)",
     "scoring.py: JaxOriginal.identity",
     "scoring.py: JaxOriginal.outputs",
     "scoring.py: JaxOriginal.outputs(encodeds)",
