@@ -36,6 +36,7 @@ from mlx_impl.models.bi_encoder import BiEncoder
 from mlx_impl.models.cross_encoder import CrossEncoder
 from mlx_impl.models.layers import Rngs
 from mlx_impl.models.lora import LoRALinear
+from mlx_impl.models.roberta import RobertaConfig, RobertaCrossEncoder, RobertaModel
 
 WARM_GAMMA = 20.0  # the scale that sentence-transformers trains cosines with
 EVEN_COSINE = 0.5  # where a pointwise loss sees an even bet at the warm start
@@ -46,6 +47,8 @@ Arrays = dict[str, np.ndarray]
 # model_type -> its config, encoder and cross-encoder; its checkpoints' own names are in common.keymap
 MODELS: dict[str, tuple[Any, Any, type[CrossEncoder]]] = {
     "bert": (BertConfig, BertModel, BertCrossEncoder),
+    "roberta": (RobertaConfig, RobertaModel, RobertaCrossEncoder),
+    "xlm-roberta": (RobertaConfig, RobertaModel, RobertaCrossEncoder),
 }
 
 

@@ -19,7 +19,6 @@ JAX_ONLY_FILES: set[str] = {
     "models/distilbert.py",
     "models/electra.py",
     "models/modernbert.py",
-    "models/roberta.py",
 }
 MLX_ONLY_FILES = {
     "models/layers.py",  # what flax.nnx brings: seeded layers with a computation dtype
