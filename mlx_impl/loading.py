@@ -34,6 +34,7 @@ from common.text import PairTokenizer
 from mlx_impl.models.bert import BertConfig, BertCrossEncoder, BertModel
 from mlx_impl.models.bi_encoder import BiEncoder
 from mlx_impl.models.cross_encoder import CrossEncoder
+from mlx_impl.models.distilbert import DistilBertConfig, DistilBertCrossEncoder, DistilBertModel
 from mlx_impl.models.electra import ElectraConfig, ElectraCrossEncoder, ElectraModel
 from mlx_impl.models.layers import Rngs
 from mlx_impl.models.lora import LoRALinear
@@ -48,6 +49,7 @@ Arrays = dict[str, np.ndarray]
 # model_type -> its config, encoder and cross-encoder; its checkpoints' own names are in common.keymap
 MODELS: dict[str, tuple[Any, Any, type[CrossEncoder]]] = {
     "bert": (BertConfig, BertModel, BertCrossEncoder),
+    "distilbert": (DistilBertConfig, DistilBertModel, DistilBertCrossEncoder),
     "electra": (ElectraConfig, ElectraModel, ElectraCrossEncoder),
     "roberta": (RobertaConfig, RobertaModel, RobertaCrossEncoder),
     "xlm-roberta": (RobertaConfig, RobertaModel, RobertaCrossEncoder),
