@@ -34,6 +34,7 @@ from common.text import PairTokenizer
 from mlx_impl.models.bert import BertConfig, BertCrossEncoder, BertModel
 from mlx_impl.models.bi_encoder import BiEncoder
 from mlx_impl.models.cross_encoder import CrossEncoder
+from mlx_impl.models.deberta import DebertaV2Config, DebertaV2CrossEncoder, DebertaV2Model
 from mlx_impl.models.distilbert import DistilBertConfig, DistilBertCrossEncoder, DistilBertModel
 from mlx_impl.models.electra import ElectraConfig, ElectraCrossEncoder, ElectraModel
 from mlx_impl.models.layers import Rngs
@@ -49,6 +50,7 @@ Arrays = dict[str, np.ndarray]
 # model_type -> its config, encoder and cross-encoder; its checkpoints' own names are in common.keymap
 MODELS: dict[str, tuple[Any, Any, type[CrossEncoder]]] = {
     "bert": (BertConfig, BertModel, BertCrossEncoder),
+    "deberta-v2": (DebertaV2Config, DebertaV2Model, DebertaV2CrossEncoder),
     "distilbert": (DistilBertConfig, DistilBertModel, DistilBertCrossEncoder),
     "electra": (ElectraConfig, ElectraModel, ElectraCrossEncoder),
     "roberta": (RobertaConfig, RobertaModel, RobertaCrossEncoder),

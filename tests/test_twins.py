@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Files of one tree alone.
-JAX_ONLY_FILES: set[str] = {"models/deberta.py", "models/modernbert.py"}
+JAX_ONLY_FILES: set[str] = {"models/modernbert.py"}
 MLX_ONLY_FILES = {
     "models/layers.py",  # what flax.nnx brings: seeded layers with a computation dtype
 }

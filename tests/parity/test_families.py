@@ -29,7 +29,9 @@ from tests.parity.test_models import (
 torch = pytest.importorskip("torch", reason="the oracle needs torch: install the extra `peers`")
 transformers = pytest.importorskip("transformers")
 
-every_family = pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta", "electra", "distilbert"])
+every_family = pytest.mark.parametrize(
+    "family", ["bert", "roberta", "xlm-roberta", "electra", "distilbert", "deberta-v2"]
+)
 
 
 def draw(family: str, seed: int, directory: Path) -> tuple[Any, np.ndarray, np.ndarray]:
