@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from common.config import ModelConfig
+from common.keymap import FAMILIES
 from tests.families import random_pairs, random_settings, write_checkpoint
 from tests.parity.backends import Backend
 from tests.parity.test_models import (
@@ -29,9 +30,7 @@ from tests.parity.test_models import (
 torch = pytest.importorskip("torch", reason="the oracle needs torch: install the extra `peers`")
 transformers = pytest.importorskip("transformers")
 
-every_family = pytest.mark.parametrize(
-    "family", ["bert", "roberta", "xlm-roberta", "electra", "distilbert", "deberta-v2"]
-)
+every_family = pytest.mark.parametrize("family", list(FAMILIES))
 
 
 def draw(family: str, seed: int, directory: Path) -> tuple[Any, np.ndarray, np.ndarray]:
