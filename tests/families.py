@@ -42,6 +42,55 @@ OTHER_HEADS = {
 }
 
 
+# what can be drawn beside the sizes: family -> setting -> values
+VARIANTS: dict[str, dict[str, list[Any]]] = {
+    "bert": {"hidden_act": ["gelu", "gelu_new", "relu"], "layer_norm_eps": [1e-12, 1e-5]},
+    "deberta-v2": {
+        "pos_att_type": [["c2p", "p2c"], ["p2c"], ["c2p"], "c2p|p2c", []],
+        "share_att_key": [True, False],
+        "norm_rel_ebd": ["layer_norm", "none"],
+        "position_buckets": [12, 16, -1],
+        "max_relative_positions": [-1, 40],
+        "type_vocab_size": [0, 2],
+        "pooler_hidden_act": ["gelu", "relu"],
+    },
+    "distilbert": {"activation": ["gelu", "relu"], "sinusoidal_pos_embds": [False, True]},
+    "electra": {"hidden_act": ["gelu", "gelu_new"], "layer_norm_eps": [1e-12, 1e-5]},
+    "modernbert": {
+        "hidden_activation": ["gelu", "relu"],
+        "norm_bias": [False, True],
+        "attention_bias": [False, True],
+        "mlp_bias": [False, True],
+        "classifier_bias": [False, True],
+        "classifier_activation": ["gelu", "relu"],
+        "classifier_pooling": ["cls", "mean"],
+        "local_attention": [4, 9, 128],
+        "global_attn_every_n_layers": [1, 2, 3],
+        "global_rope_theta": [160_000.0, 500.0],
+        "local_rope_theta": [10_000.0, 100.0],
+    },
+    "roberta": {"hidden_act": ["gelu", "relu"], "layer_norm_eps": [1e-12, 1e-5]},
+    "xlm-roberta": {"hidden_act": ["gelu", "relu"], "layer_norm_eps": [1e-12, 1e-5]},
+}
+# settings of variants that are refused: family, setting, value, what the message allows
+UNSUPPORTED = [
+    ("bert", "position_embedding_type", "relative_key", "'absolute'"),
+    ("roberta", "position_embedding_type", "relative_key_query", "'absolute'"),
+    ("electra", "is_decoder", True, "False"),
+    ("distilbert", "activation", "swish9", "gelu"),
+    ("deberta-v2", "conv_kernel_size", 3, "0"),
+    ("deberta-v2", "relative_attention", False, "True"),
+    ("deberta-v2", "position_biased_input", True, "False"),
+    ("deberta-v2", "embedding_size", 16, "32"),
+    ("deberta-v2", "attention_head_size", 64, "8"),
+    ("deberta-v2", "pos_att_type", ["c2p", "p2p"], "c2p and p2c"),
+    ("deberta-v2", "norm_rel_ebd", "batch_norm", "'layer_norm' or 'none'"),
+    ("modernbert", "layer_types", ["linear_attention"], "'full_attention' or 'sliding_attention'"),
+    ("modernbert", "rope_parameters", {"full_attention": {"rope_type": "yarn"}}, "'default'"),
+    ("modernbert", "classifier_pooling", "max", "'cls' or 'mean'"),
+]
+
+
 def write_checkpoint(
     directory: Path, family: str, head: str = "ForSequenceClassification", *, seed: int = 0, **settings: Any
 ) -> Path:
@@ -98,6 +147,28 @@ def tiny_sizes(
     if family in ("roberta", "xlm-roberta"):
         sizes |= {"type_vocab_size": 1, "layer_norm_eps": 1e-5}
     return sizes
+
+
+def random_settings(family: str, rng: np.random.Generator) -> dict[str, Any]:
+    heads, per_head = int(rng.integers(1, 5)), 2 * int(rng.integers(2, 7))
+    settings = tiny_sizes(
+        family,
+        width=heads * per_head,
+        heads=heads,
+        layers=int(rng.integers(1, 4)),
+        inner=int(rng.integers(8, 80)),
+    )
+    return settings | {name: values[rng.integers(len(values))] for name, values in VARIANTS[family].items()}
+
+
+def random_pairs(family: str, config: Any, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [N, S] and sides [N, S] of pairs of random lengths, the longest unpadded."""
+    rows, length = int(rng.integers(2, 6)), int(rng.integers(4, 70))
+    lengths = np.append(rng.integers(2, length + 1, rows - 1), length)[:, None]
+    place = np.arange(length)
+    sides = np.where(place < lengths, np.where(place < rng.integers(1, lengths), 1, 2), 0)
+    ids = rng.integers(0, config.vocab_size, (rows, length))
+    return np.where(sides > 0, ids, config.pad_token_id), sides
 
 
 def wordpiece(directory: Path) -> tuple[int, int]:

@@ -64,8 +64,10 @@ class Embed(nn.Embedding):
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over the last axis, computed in float32 and returned in `dtype`."""
 
-    def __init__(self, features: int, *, epsilon: float, dtype: mx.Dtype = mx.float32) -> None:
-        super().__init__(features, eps=epsilon)
+    def __init__(
+        self, features: int, *, epsilon: float, use_bias: bool = True, dtype: mx.Dtype = mx.float32
+    ) -> None:
+        super().__init__(features, eps=epsilon, bias=use_bias)
         self.dtype = dtype
 
     def __call__(self, x: mx.array) -> mx.array:

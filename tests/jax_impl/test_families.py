@@ -28,7 +28,16 @@ from jax_impl.models.deberta import DebertaV2Config, relative_rows
 from jax_impl.models.lora import add_lora, trainable
 from jax_impl.models.modernbert import ModernBertConfig
 from jax_impl.scoring import load_encoder, load_scorer
-from tests.families import CLASSES, OTHER_HEADS, tiny_sizes, write_checkpoint
+from tests.families import (
+    CLASSES,
+    OTHER_HEADS,
+    UNSUPPORTED,
+    VARIANTS,
+    random_pairs,
+    random_settings,
+    tiny_sizes,
+    write_checkpoint,
+)
 from tests.tiny import FILLER, World, environment, train
 
 torch = pytest.importorskip("torch", reason="the oracle needs torch: install the extra `peers`")
@@ -38,36 +47,6 @@ TOLERANCE = 1e-4  # float32
 QUERIES = ["bano luro", "kino", "bano"]
 PASSAGES = [" ".join(FILLER[:9]), "luro kino", "dorax"]
 
-# what can be drawn beside the sizes: family -> setting -> values
-VARIANTS: dict[str, dict[str, list[Any]]] = {
-    "bert": {"hidden_act": ["gelu", "gelu_new", "relu"], "layer_norm_eps": [1e-12, 1e-5]},
-    "deberta-v2": {
-        "pos_att_type": [["c2p", "p2c"], ["p2c"], ["c2p"], "c2p|p2c", []],
-        "share_att_key": [True, False],
-        "norm_rel_ebd": ["layer_norm", "none"],
-        "position_buckets": [12, 16, -1],
-        "max_relative_positions": [-1, 40],
-        "type_vocab_size": [0, 2],
-        "pooler_hidden_act": ["gelu", "relu"],
-    },
-    "distilbert": {"activation": ["gelu", "relu"], "sinusoidal_pos_embds": [False, True]},
-    "electra": {"hidden_act": ["gelu", "gelu_new"], "layer_norm_eps": [1e-12, 1e-5]},
-    "modernbert": {
-        "hidden_activation": ["gelu", "relu"],
-        "norm_bias": [False, True],
-        "attention_bias": [False, True],
-        "mlp_bias": [False, True],
-        "classifier_bias": [False, True],
-        "classifier_activation": ["gelu", "relu"],
-        "classifier_pooling": ["cls", "mean"],
-        "local_attention": [4, 9, 128],
-        "global_attn_every_n_layers": [1, 2, 3],
-        "global_rope_theta": [160_000.0, 500.0],
-        "local_rope_theta": [10_000.0, 100.0],
-    },
-    "roberta": {"hidden_act": ["gelu", "relu"], "layer_norm_eps": [1e-12, 1e-5]},
-    "xlm-roberta": {"hidden_act": ["gelu", "relu"], "layer_norm_eps": [1e-12, 1e-5]},
-}
 every_family = pytest.mark.parametrize("family", list(FAMILIES))
 
 
@@ -75,31 +54,9 @@ def test_every_family_of_the_key_table_has_a_model_and_a_test() -> None:
     assert FAMILIES.keys() == MODELS.keys() == CLASSES.keys() == VARIANTS.keys() == OTHER_HEADS.keys()
 
 
-def random_settings(family: str, rng: np.random.Generator) -> dict[str, Any]:
-    heads, per_head = int(rng.integers(1, 5)), 2 * int(rng.integers(2, 7))
-    settings = tiny_sizes(
-        family,
-        width=heads * per_head,
-        heads=heads,
-        layers=int(rng.integers(1, 4)),
-        inner=int(rng.integers(8, 80)),
-    )
-    return settings | {name: values[rng.integers(len(values))] for name, values in VARIANTS[family].items()}
-
-
 def call(model: nnx.Module, *inputs: Any) -> Any:
     graphdef, state = nnx.split(model)
     return jax.jit(lambda s, *x: nnx.merge(graphdef, s)(*x))(state, *map(jnp.asarray, inputs))
-
-
-def random_pairs(family: str, config: Any, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [N, S] and sides [N, S] of pairs of random lengths, the longest unpadded."""
-    rows, length = int(rng.integers(2, 6)), int(rng.integers(4, 70))
-    lengths = np.append(rng.integers(2, length + 1, rows - 1), length)[:, None]
-    place = np.arange(length)
-    sides = np.where(place < lengths, np.where(place < rng.integers(1, lengths), 1, 2), 0)
-    ids = rng.integers(0, config.vocab_size, (rows, length))
-    return np.where(sides > 0, ids, config.pad_token_id), sides
 
 
 @every_family
@@ -278,24 +235,6 @@ def check_saved_is_strict(trained: Path) -> None:
         load_cross_encoder(trained, ModelConfig())
     assert f"missing: {gone} " in str(error.value)
     assert "unexpected: stranger.weight [3]" in str(error.value)
-
-
-UNSUPPORTED = [
-    ("bert", "position_embedding_type", "relative_key", "'absolute'"),
-    ("roberta", "position_embedding_type", "relative_key_query", "'absolute'"),
-    ("electra", "is_decoder", True, "False"),
-    ("distilbert", "activation", "swish9", "gelu"),
-    ("deberta-v2", "conv_kernel_size", 3, "0"),
-    ("deberta-v2", "relative_attention", False, "True"),
-    ("deberta-v2", "position_biased_input", True, "False"),
-    ("deberta-v2", "embedding_size", 16, "32"),
-    ("deberta-v2", "attention_head_size", 64, "8"),
-    ("deberta-v2", "pos_att_type", ["c2p", "p2p"], "c2p and p2c"),
-    ("deberta-v2", "norm_rel_ebd", "batch_norm", "'layer_norm' or 'none'"),
-    ("modernbert", "layer_types", ["linear_attention"], "'full_attention' or 'sliding_attention'"),
-    ("modernbert", "rope_parameters", {"full_attention": {"rope_type": "yarn"}}, "'default'"),
-    ("modernbert", "classifier_pooling", "max", "'cls' or 'mean'"),
-]
 
 
 @pytest.mark.parametrize(("family", "setting", "value", "allowed"), UNSUPPORTED)
