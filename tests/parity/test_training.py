@@ -85,6 +85,9 @@ class Run:
         raise NotImplementedError
 
     def step(self, fields: list[np.ndarray], now: tuple[float, float, float]) -> dict[str, float]:
+        # what a frozen original says, here nothing: JAX's batch has it alone so far
+        nothing = [np.full((B, L), np.nan, np.float32), *(np.zeros((B, L, 2, 0), np.float32),) * 2]
+        fields = [*fields, *nothing][: len(self.module.Batch._fields)]
         logged = self._step(self.module.Batch(*map(self.backend.array, fields)), self.module.Moment(*now))
         return {name: float(value) for name, value in logged.items()}
 
