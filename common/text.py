@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,6 +213,28 @@ def join_pair(query: Ids, passage: Ids) -> Encoded:
     sides = np.full(len(query) + len(passage), PASSAGE, np.int8)
     sides[: len(query)] = QUERY
     return Encoded(np.concatenate((query, passage)), sides)
+
+
+def length_batches(
+    encodeds: Sequence[Encoded], lengths: Sequence[int], budget: int, limit: int | None = None
+) -> Iterator[tuple[np.ndarray, int, int]]:
+    """(indices, rows, length) of batches: longest first, budget // length rows, padding included.
+
+    The last batch, often a small one, is padded to a power of two instead. `limit` is the number of positions
+    that the model has; beyond the usual lengths they double up to it.
+    """
+    sizes = np.asarray([len(encoded.ids) for encoded in encodeds], int)
+    doubled = (lengths[-1] << n for n in range(1, 1 + (limit or 0).bit_length()))
+    allowed = lengths if limit is None else (*(n for n in (*lengths, *doubled) if n < limit), limit)
+    padded = np.asarray([next((n for n in allowed if n >= size), size) for size in sizes], int)
+    order = np.argsort(-padded, kind="stable")
+    start = 0
+    while start < len(order):
+        length = int(padded[order[start]])
+        rows = max(1, budget // length)
+        chosen = order[start : start + rows]
+        yield chosen, min(rows, 1 << (len(chosen) - 1).bit_length()), length
+        start += rows
 
 
 def bucket_for(length: int, buckets: Sequence[int]) -> int:

@@ -16,9 +16,10 @@ import numpy as np
 from flax import nnx
 
 from common.backends import Scores, checkpoint_identity, checkpoint_name
-from common.checkpoint import read_json, surviving
+from common.checkpoint import surviving
 from common.config import DataConfig, RerankerConfig
-from common.text import Encoded, PairTokenizer
+from common.loading import longest_input
+from common.text import Encoded, PairTokenizer, length_batches
 from jax_impl.loading import load_bi_encoder, load_cross_encoder
 from jax_impl.models.cross_encoder import CrossEncoder
 from jax_impl.models.projector import fidelity_factors
@@ -37,24 +38,9 @@ def default_dtype(precision: str = "auto") -> jnp.dtype:
 def batches_by_length(
     encodeds: Sequence[Encoded], limit: int | None = None
 ) -> Iterator[tuple[np.ndarray, int, int]]:
-    """(indices, rows, length) of batches: longest first, a fixed number of rows for each length.
-
-    The last batch, often a small one, is padded to a power of two instead. `limit` is the number of positions
-    that the model has; beyond the usual lengths they double up to it.
-    """
+    """`length_batches` of as many tokens as suit the device."""
     budget = TOKENS_PER_BATCH.get(jax.default_backend(), TOKENS_PER_BATCH["gpu"])
-    sizes = np.asarray([len(encoded.ids) for encoded in encodeds], int)
-    doubled = (LENGTHS[-1] << n for n in range(1, 1 + (limit or 0).bit_length()))
-    lengths = LENGTHS if limit is None else (*(n for n in (*LENGTHS, *doubled) if n < limit), limit)
-    padded = np.asarray([next((n for n in lengths if n >= size), size) for size in sizes], int)
-    order = np.argsort(-padded, kind="stable")
-    start = 0
-    while start < len(order):
-        length = int(padded[order[start]])
-        rows = max(1, budget // length)
-        chosen = order[start : start + rows]
-        yield chosen, min(rows, 1 << (len(chosen) - 1).bit_length()), length
-        start += rows
+    return length_batches(encodeds, LENGTHS, budget, limit)
 
 
 def run_batched(
@@ -103,7 +89,7 @@ class JaxEncoder:
         model = load_bi_encoder(directory, dtype=dtype)
         self.tokenizer = PairTokenizer(directory)
         self._positions = model.encoder.config.positions
-        self.max_tokens = min(max_tokens or _max_tokens(directory), self._positions)
+        self.max_tokens = min(max_tokens or longest_input(directory), self._positions)
         self.dim = model.encoder.config.hidden_size
         self.identity = checkpoint_identity(directory, self.max_tokens, str(dtype))
         graphdef, state = nnx.split(model)
@@ -217,9 +203,3 @@ def _outputs(
     out = nnx.merge(graphdef, state)(ids, sides)
     parts = (*out.query, *out.passage) if states else ()
     return jnp.concatenate([out.score[:, None], *parts], axis=1)  # [N, 1 + 4C]
-
-
-def _max_tokens(directory: Path) -> int:
-    """The longest input that a sentence-transformers directory was trained with; 256 when it does not say."""
-    file = directory / "sentence_bert_config.json"
-    return int(read_json(file).get("max_seq_length") or 256) if file.exists() else 256

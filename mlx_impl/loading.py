@@ -1,7 +1,6 @@
 """From a checkpoint directory to a model, strictly, and back.
 
-Three starts of a reranker, read off the checkpoint (DESIGN section 3): a sentence encoder begins with its own
-resonance, an existing cross-encoder as it was, a plain masked language model from nothing.
+The three starts, and what else is the same in both backends, are in common.loading.
 Twin: jax_impl/loading.py.
 """
 
@@ -23,14 +22,23 @@ from common.checkpoint import (
     HEAD_FILE,
     check_keys,
     read_config,
-    read_json,
     read_tensors,
     surviving,
-    write_checkpoint,
 )
 from common.config import ModelConfig
 from common.errors import UserError
-from common.text import PairTokenizer
+from common.loading import (
+    COLD_SPREAD,
+    EVEN_COSINE,
+    WARM_GAMMA,
+    Arrays,
+    check_pooling,
+    check_unchanged,
+    choose_start,
+    head_settings,
+    is_head,
+    write_reranker,
+)
 from mlx_impl.models.bert import BertConfig, BertCrossEncoder, BertModel
 from mlx_impl.models.bi_encoder import BiEncoder
 from mlx_impl.models.cross_encoder import CrossEncoder
@@ -41,12 +49,6 @@ from mlx_impl.models.layers import Rngs
 from mlx_impl.models.lora import LoRALinear
 from mlx_impl.models.modernbert import ModernBertConfig, ModernBertCrossEncoder, ModernBertModel
 from mlx_impl.models.roberta import RobertaConfig, RobertaCrossEncoder, RobertaModel
-
-WARM_GAMMA = 20.0  # the scale that sentence-transformers trains cosines with
-EVEN_COSINE = 0.5  # where a pointwise loss sees an even bet at the warm start
-COLD_SPREAD = 0.02  # standard deviation of u from nothing, BERT's own initializer_range
-
-Arrays = dict[str, np.ndarray]
 
 # model_type -> its config, encoder and cross-encoder; its checkpoints' own names are in common.keymap
 MODELS: dict[str, tuple[Any, Any, type[CrossEncoder]]] = {
@@ -91,9 +93,9 @@ def load_cross_encoder(
     sizes = _encoder_config(config | rates, directory)
     tensors = keymap.with_prefix(family, read_tensors(directory), where=directory)
     start = "resumed" if ours else choose_start(directory, family, tensors, model.start)
-    settings = dict(config.get("resonance", {})) if ours else _settings(directory, sizes, model, start)
+    settings = dict(config.get("resonance", {})) if ours else head_settings(directory, sizes, model, start)
     if ours:
-        _check_unchanged(settings, model, directory)
+        check_unchanged(settings, model, directory)
     rngs = Rngs(seed)
     reranker = _build(directory, config, sizes, settings, dtype, rngs)
     optional, droppable = ((), ()) if ours else (family.new, family.foreign)
@@ -112,7 +114,7 @@ def load_bi_encoder(directory: Path, *, dtype: mx.Dtype = mx.float32) -> BiEncod
     UserError as above, and for a directory whose own pooling is another.
     """
     directory = surviving(directory)
-    _check_pooling(directory)
+    check_pooling(directory)
     config = read_config(directory)
     family = keymap.family_of(config, directory)
     sizes, (_, encoder, _) = _encoder_config(config, directory), MODELS[config["model_type"]]
@@ -121,44 +123,6 @@ def load_bi_encoder(directory: Path, *, dtype: mx.Dtype = mx.float32) -> BiEncod
     droppable = (*family.foreign, *family.new)
     _fill(model.encoder, tensors, directory, family.prefix, optional=family.new, droppable=droppable)
     return model
-
-
-def _check_pooling(directory: Path) -> None:
-    """Refuse what sentence-transformers wrote for another pooling: its vectors would be wrong in silence."""
-    file = directory / "1_Pooling" / "config.json"
-    modes = read_json(file) if file.exists() else {}
-    used = [key for key, value in modes.items() if key.startswith("pooling_mode_") and value is True]
-    used += [modes["pooling_mode"]] if "pooling_mode" in modes else []
-    if used and used not in (["pooling_mode_mean_tokens"], ["mean"], [["mean"]]):
-        raise UserError(
-            f"{directory}: pools by {', '.join(map(str, used))}, and encoders here pool by the mean. "
-            "Choose one that does; as --model.base it can begin with --model.start masked_lm."
-        )
-
-
-def choose_start(directory: Path, family: keymap.Family, tensors: Arrays, wanted: str = "auto") -> str:
-    """Which of the three starts a base gets, unless the recipe names one.
-
-    Raises UserError for a classifier of several labels: a reranker has one.
-    """
-    *before, output = family.head
-    labels = tensors[f"{output}.weight"].shape[0] if f"{output}.weight" in tensors else None
-    if labels is not None and labels != 1:
-        raise UserError(
-            f"{directory}: its classifier has {labels} labels, a reranker has 1. Choose a base encoder, or a "
-            "cross-encoder with num_labels 1."
-        )
-    lacking = [part for part in family.head if f"{part}.weight" not in tensors]
-    if lacking and (wanted == "cross_encoder" or (wanted == "auto" and labels == 1)):
-        raise UserError(
-            f"{directory}: a cross-encoder's score is {output} of {' of '.join(reversed(before))}, but there "
-            f"is no {' and no '.join(lacking)} to begin with. Choose another --model.start or --model.base."
-        )
-    if wanted != "auto":
-        return wanted
-    if labels == 1:
-        return "cross_encoder"
-    return "sentence_encoder" if (directory / "modules.json").exists() else "masked_lm"
 
 
 def save_cross_encoder(
@@ -173,25 +137,13 @@ def save_cross_encoder(
 
     `tokenizer_save` writes the tokenizer into a directory, for passages of the given segment.
     """
-    tensors = model_tensors(loaded.model)
-    head = {key.removeprefix("resonance."): value for key, value in tensors.items() if _is_head(key)}
-    portable = {key: value for key, value in tensors.items() if not _is_head(key)}
-    config = {key: value for key, value in loaded.config.items() if not key.startswith("_")}
-    config |= {
-        "architectures": [keymap.family_of(config, directory).architecture],
-        "id2label": {"0": "LABEL_0"},
-        "label2id": {"LABEL_0": 0},
-        "num_labels": 1,
-        "sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"},
-        "resonance": loaded.settings,
-    }
-    write_checkpoint(
+    write_reranker(
         directory,
-        config=config,
-        tensors=portable,
-        resonance=head,
+        loaded.config,
+        loaded.settings,
+        model_tensors(loaded.model),
         training=training,
-        tokenizer_save=lambda place: tokenizer_save(place, int(loaded.settings["passage_segment"])),
+        tokenizer_save=tokenizer_save,
         card=card,
     )
 
@@ -208,40 +160,6 @@ def model_tensors(model: nn.Module) -> Arrays:
         for key, value in _parameters(model).items()
         if not key.endswith(("lora_a", "lora_b"))
     }
-
-
-def _settings(directory: Path, sizes: Any, model: ModelConfig, start: str) -> dict[str, Any]:
-    last = max(sizes.type_vocab_size - 1, 0)
-    segment: int = model.passage_segment or 0
-    if segment > last:
-        raise UserError(
-            f"model.passage_segment is {segment}, but the model in {directory} has no segment above {last}. "
-            "Leave the setting out."
-        )
-    if model.passage_segment is None and start == "cross_encoder":  # which begins as it was
-        segment = min(PairTokenizer(directory).own_passage_segment, last)
-    return {
-        "state_size": model.complex_width or sizes.hidden_size,
-        "parameterisation": model.projector,
-        "passage_segment": segment,
-    }
-
-
-def _check_unchanged(settings: Mapping[str, Any], model: ModelConfig, directory: Path) -> None:
-    """Refuse a recipe that asks of a directory that we wrote another head than it has."""
-    default = ModelConfig()
-    wanted = {
-        "model.complex_width": (model.complex_width, default.complex_width, "state_size"),
-        "model.projector": (model.projector, default.projector, "parameterisation"),
-        "model.passage_segment": (model.passage_segment, default.passage_segment, "passage_segment"),
-    }
-    differ = [
-        f"{name} is {value!r}, the checkpoint has {settings.get(key)!r}"
-        for name, (value, usual, key) in wanted.items()
-        if value not in (usual, settings.get(key))
-    ]
-    if differ:
-        raise UserError(f"{directory} was written by a run and keeps its head: {'; '.join(differ)}.")
 
 
 def _encoder_config(config: Mapping[str, Any], directory: Path) -> Any:
@@ -293,10 +211,6 @@ def _parameters(model: nn.Module) -> dict[str, mx.array]:
     return dict(sorted(flat))
 
 
-def _is_head(key: str) -> bool:
-    return key.startswith("resonance.")
-
-
 def _fill(
     model: nn.Module,
     tensors: Arrays,
@@ -311,7 +225,7 @@ def _fill(
 
     Strict as check_keys.
     """
-    keyed = {prefix + key: x for key, x in _parameters(model).items() if not (skip_head and _is_head(key))}
+    keyed = {prefix + key: x for key, x in _parameters(model).items() if not (skip_head and is_head(key))}
     expected = {key: tuple(value.shape) for key, value in keyed.items()}
     found = {key: value.shape for key, value in tensors.items()}
     check_keys(expected, found, optional=optional, droppable=droppable, where=where)

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.data.records import (
     BadRows,
     OnBadRow,
@@ -72,10 +74,11 @@ def load_ranking_data(
 
 
 def cut_splits(data: RankingData, dev_fraction: float, test_fraction: float, seed: int) -> RankingData:
-    """Cut the splits that `data` lacks from its train split; a query's split never moves.
+    """Cut the splits that `data` lacks from its train split: `test` only when it has no split but train.
 
-    Queries of the same words, whatever their ids, fall into the same split.
-    A test split is cut only when the data has no split but train.
+    Queries of the same words, or with a relevant passage in common, fall into the same split, so that what is
+    cut tells how passages are ranked that no training label names. A group that is larger than a split to be
+    cut is parted by query all the same. Where a group goes depends on its own texts and `seed` alone.
     """
     fractions = {"dev": dev_fraction} if "dev" not in data.qrels else {}
     if set(data.qrels) == {"train"}:
@@ -83,8 +86,9 @@ def cut_splits(data: RankingData, dev_fraction: float, test_fraction: float, see
     if "train" not in data.qrels or not fractions:
         return data
     parts: dict[str, Qrels] = {split: {} for split in ("train", *fractions)}
-    for query, grades in data.qrels["train"].items():
-        parts[_part(data.queries[query], fractions, seed)][query] = grades
+    room = min((share for share in fractions.values() if share > 0), default=0.0) * len(data.qrels["train"])
+    for query, text in _spokesmen(data, int(room)).items():
+        parts[_part(text, fractions, seed)][query] = data.qrels["train"][query]
     empty = [split for split, share in fractions.items() if share > 0 and not parts[split]]
     if empty or not parts["train"]:
         raise UserError(
@@ -95,9 +99,35 @@ def cut_splits(data: RankingData, dev_fraction: float, test_fraction: float, see
     return replace(data, qrels={**data.qrels, **{s: q for s, q in parts.items() if q}})
 
 
+def _spokesmen(data: RankingData, room: int) -> dict[str, str]:
+    """Training query -> the text that decides its split: its group's first; its own above `room`."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    train = data.qrels["train"]
+    texts = {query: same_words(data.queries[query]) for query in train}
+    text_node = {text: n for n, text in enumerate(dict.fromkeys(texts.values()))}
+    node: dict[str, int] = {}  # of relevant passages, behind those of the texts
+    ties = np.asarray(
+        [
+            (text_node[texts[query]], node.setdefault(passage, len(text_node) + len(node)))
+            for query, grades in train.items()
+            for passage, grade in grades.items()
+            if grade > 0
+        ],
+        int,
+    ).reshape(-1, 2)
+    size = len(text_node) + len(node)
+    group = connected_components(coo_array((np.ones(len(ties)), ties.T), (size, size)), directed=False)[1]
+    members: dict[int, list[str]] = {}
+    for text in texts.values():
+        members.setdefault(int(group[text_node[text]]), []).append(text)
+    first = {text: min(found) for found in members.values() if len(found) <= room for text in found}
+    return {query: first.get(text, text) for query, text in texts.items()}
+
+
 def _part(text: str, fractions: Mapping[str, float], seed: int) -> str:
-    query = same_words(text)
-    position = int(hashlib.sha256(f"{seed}:{query}".encode()).hexdigest()[:8], 16) / 2**32
+    position = int(hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()[:8], 16) / 2**32
     for split, share in fractions.items():
         if position < share:
             return split

@@ -90,6 +90,32 @@ def test_a_query_keeps_its_split_when_rows_are_added(tmp_path: Path, seed: int) 
     assert found[0].items() <= found[1].items()
 
 
+def test_what_is_cut_shares_no_relevant_passage_with_training(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    path = tmp_path / "rows.jsonl"
+    chains = [
+        [f"{group}.{n}" for n in range(3)] for group in range(60)
+    ]  # of two links: 0 to 2 only through 1
+    rows: list[dict[str, object]] = [
+        {"query": f"query {one}", "positive": [f"text {one}", f"text {other}"], "negative": "everyone's"}
+        for chain in chains
+        for one, other in zip(chain, (*chain[1:], chain[0]), strict=True)
+    ]
+    write_jsonl(path, rng.sample(rows, len(rows)))
+    data = load_ranking_data(str(path), dev_fraction=0.2, test_fraction=0.2)
+    relevant = [{p for grades in qrels.values() for p in grades} for qrels in data.qrels.values()]
+    assert len(relevant) == 3 and all(relevant)
+    assert sum(map(len, relevant)) == len(set.union(*relevant))
+
+
+def test_a_passage_that_most_queries_ask_for_does_not_hinder_the_cut(beir: Path) -> None:
+    write_qrels(
+        beir, "train", [f"q{n}\td0\t1" for n in range(36)] + [f"q{n}\td{n}\t1" for n in range(36, 40)]
+    )
+    data = load_ranking_data(str(beir), dev_fraction=0.3)
+    assert len(data.split("dev")) > 4 and len(data.split("train")) > 4
+
+
 def test_another_seed_cuts_other_queries(beir: Path) -> None:
     cuts = [set(load_ranking_data(str(beir), dev_fraction=0.5, seed=seed).split("dev")) for seed in (0, 1)]
     assert cuts[0] != cuts[1]
