@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from common.checkpoint import surviving
 from common.config import RerankerConfig
 from common.errors import UserError
-from common.hub import DEFAULT_MODEL, resolve_model
+from common.hub import DEFAULT_MODEL, packaged_model, resolve_model
 
 # backend -> the framework that must be installed, the module that loads models, what to install
 _BACKENDS = {
@@ -112,7 +112,7 @@ def checkpoint_name(directory: Path) -> str:
         return f"{parent.name}/{name}"
     if parent.name == "snapshots":  # of the hub's cache: models--owner--name/snapshots/<commit>
         return parent.parent.name.rpartition("--")[2]
-    return DEFAULT_MODEL.rpartition("/")[2] if name == "model" else name  # `model`: the packaged one
+    return DEFAULT_MODEL.rpartition("/")[2] if directory.absolute() == packaged_model() else name
 
 
 def checkpoint_identity(directory: str | Path, *settings: object) -> str:

@@ -49,7 +49,9 @@ def confidence_results(
     if not len(correct):
         return []
     entropy, margin, r = features.T
-    claims = {FITTED: fitted.predict(features)} if fitted is not None else {}
+    claims = {}
+    if fitted is not None:
+        claims[FITTED] = fitted.predict(_tops(score, resonance, qrels, fitted.candidates)[1])
     claims |= {
         "top score alone": 0.5 * (1.0 + np.tanh(0.5 * top)),
         "entropy alone": 1.0 - entropy,
@@ -60,9 +62,13 @@ def confidence_results(
 
 
 def _tops(
-    score: Mapping[str, Mapping[str, float]], resonance: Mapping[str, Mapping[str, float]], qrels: Qrels
+    score: Mapping[str, Mapping[str, float]],
+    resonance: Mapping[str, Mapping[str, float]],
+    qrels: Qrels,
+    best: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each query with candidates: the top score [N], its features [N, 3], whether its top is relevant."""
+    """Of each query with candidates: the top score [N], its features [N, 3] (of its
+    `best` candidates, all when absent), whether its top is relevant [N]."""
     top: list[float] = []
     features: list[np.ndarray] = []
     correct: list[bool] = []
@@ -71,7 +77,9 @@ def _tops(
             first = ranked(passages, 1)[0]
             names: Sequence[str] = [first, *(name for name in passages if name != first)]
             features.append(
-                confidence_features([passages[n] for n in names], [resonance[query][n] for n in names])
+                confidence_features(
+                    [passages[n] for n in names], [resonance[query][n] for n in names], best=best
+                )
             )
             top.append(passages[first])
             correct.append(grades.get(first, 0) > 0)

@@ -61,12 +61,16 @@ def _from_cache(repo: str) -> tuple[Path | None, str]:
     return directory, outcome
 
 
-def _from_package(repo: str) -> tuple[Path | None, str]:
-    """The packaged copy of the default model, found without importing (running) the package."""
+def packaged_model() -> Path | None:
+    """Where the package with DEFAULT_MODEL holds it, found without importing (running) the package."""
     spec = importlib.util.find_spec(_PACKAGE.replace("-", "_"))
-    if spec is None or spec.origin is None:
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
+
+
+def _from_package(repo: str) -> tuple[Path | None, str]:
+    directory = packaged_model()
+    if directory is None:
         return None, f"package {_PACKAGE}: not installed"
-    directory = Path(spec.origin).parent / "model"
     if not (directory / CONFIG_FILE).exists():
         return None, f"package {_PACKAGE}: has no {directory / CONFIG_FILE}"
     return directory, f"the package {_PACKAGE} {importlib.metadata.version(_PACKAGE)} ({directory})"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from common import keymap
-from common.checkpoint import read_json, write_checkpoint
+from common.checkpoint import HEAD_FILE, read_json, write_checkpoint
 from common.config import ModelConfig
 from common.errors import UserError
 from common.text import PairTokenizer
@@ -23,6 +23,17 @@ EVEN_COSINE = 0.5  # where a pointwise loss sees an even bet at the warm start
 COLD_SPREAD = 0.02  # standard deviation of u from nothing, BERT's own initializer_range
 
 Arrays = dict[str, np.ndarray]
+
+
+def is_ours(directory: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a run wrote the directory. UserError when its head, or what describes it, is missing."""
+    has_head, described = (directory / HEAD_FILE).exists(), isinstance(config.get("resonance"), Mapping)
+    if has_head == described:
+        return has_head
+    lost = f"its config.json has no object `resonance` beside {HEAD_FILE}"
+    if not has_head:
+        lost = f"a run wrote it, but {HEAD_FILE}, the head of its full score, is missing"
+    raise UserError(f"{directory}: {lost}. Copy the whole directory again, or use another checkpoint.")
 
 
 def check_pooling(directory: Path) -> None:

@@ -14,7 +14,7 @@ from common.checkpoint import read_config
 from common.data.records import BadRows, json_rows, read_text
 from common.errors import UserError, listed
 from common.hub import resolve_model
-from common.metrics.calibration import Confidence, confidence_features
+from common.metrics.calibration import Confidence
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class RankedPassage:
 
 @dataclass(frozen=True)
 class Ranking:
-    """`confidence`: calibrated probability that the first passage is relevant, None when not calibrated."""
+    """`confidence`: calibrated probability that the first passage is relevant; None when the reranker is not
+    calibrated, or was on lists of more than twice as many passages."""
 
     query: str
     passages: list[RankedPassage]
@@ -68,17 +69,21 @@ def rerank(
         )
         for rank, place in enumerate(order.tolist(), 1)
     ]
-    if confidence is None:
-        return Ranking(query, ranked, None)
-    features = confidence_features(values, scores.resonance)
-    return Ranking(query, ranked, float(confidence.predict(features[None])[0]))
+    sure = None if confidence is None else confidence.of(values, scores.resonance)
+    return Ranking(query, ranked, sure)
 
 
 def load_confidence(directory: str | Path) -> Confidence | None:
     """The confidence that training fitted on dev; None for a base or where dev was too small."""
     settings = read_config(Path(directory)).get("resonance") or {}
     stored = settings.get("confidence")
-    return Confidence.from_json(stored) if stored else None
+    try:
+        return Confidence.from_json(stored) if stored else None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{directory}: the confidence in its config.json is not one of this version ({error!r}). "
+            "Set it to null to go on without, or train again."
+        ) from None
 
 
 def load_confidences(models: Sequence[str | Path], scorers: Sequence[Scorer]) -> dict[str, Confidence]:
@@ -133,5 +138,5 @@ def shown(ranking: Ranking, top: int | None = None, words: int = 12) -> str:
             f"{item.rank:>4}  {item.score:>8.3f}  {item.resonance:>+9.3f}  {item.probability:>6.3f}  "
             f"{item.id}: {text}"
         )
-    sure = "not calibrated" if ranking.confidence is None else f"{ranking.confidence:.2f}"
+    sure = "not calibrated for such a list" if ranking.confidence is None else f"{ranking.confidence:.2f}"
     return "\n".join([*lines, f"confidence that the first is relevant: {sure}"])

@@ -71,21 +71,23 @@ class DevSet:
         scores = scorer.score_encoded(self._encoded)
         run: Run = {}
         portable: Run = {}
-        features, correct, spread, start = [], [], [], 0
+        correct, spread, start = [], [], 0
+        length = int(np.median([len(passages) for passages in self.first.values()]))
+        features = []
         for query, passages in self.first.items():
             rows = slice(start, start + len(passages))
             start += len(passages)
             values = scores.score[rows]
             run[query] = dict(zip(passages, map(float, values), strict=True))
             portable[query] = dict(zip(passages, map(float, scores.portable[rows]), strict=True))
-            features.append(confidence_features(values, scores.resonance[rows]))
+            features.append(confidence_features(values, scores.resonance[rows], best=length))
             best = ranked(run[query], 1)[0]
             correct.append(self.qrels[query].get(best, 0) > 0)
             spread.append(float(np.std(values)))
         metric = self.settings.metric
         omega, table = choose_omega(self.first, run, self.qrels, self.settings.fusion_grid, metric)
         enough = len(correct) >= MIN_CONFIDENCE_QUERIES and 0 < sum(correct) < len(correct)
-        confidence = Confidence.fit(np.asarray(features), np.asarray(correct)) if enough else None
+        confidence = Confidence.fit(np.asarray(features), np.asarray(correct), length) if enough else None
         alone = mean(evaluate_run(portable, self.qrels, (metric,))[metric])
         return DevResult(table[0.0], table[omega], alone, omega, float(np.mean(spread)), confidence)
 

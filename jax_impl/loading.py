@@ -36,6 +36,7 @@ from common.loading import (
     choose_start,
     head_settings,
     is_head,
+    is_ours,
     write_reranker,
 )
 from jax_impl.models.bert import BertConfig, BertCrossEncoder, BertModel
@@ -85,7 +86,7 @@ def load_cross_encoder(
     """
     directory = surviving(directory)
     config = read_config(directory)
-    ours = (directory / HEAD_FILE).exists()
+    ours = is_ours(directory, config)
     family = keymap.family_of(config, directory)
     rates = {"hidden_dropout_prob": dropout[0], "attention_probs_dropout_prob": dropout[1]}
     sizes = _encoder_config(config | rates, directory)

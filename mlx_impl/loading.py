@@ -37,6 +37,7 @@ from common.loading import (
     choose_start,
     head_settings,
     is_head,
+    is_ours,
     write_reranker,
 )
 from mlx_impl.models.bert import BertConfig, BertCrossEncoder, BertModel
@@ -87,7 +88,7 @@ def load_cross_encoder(
     """
     directory = surviving(directory)
     config = read_config(directory)
-    ours = (directory / HEAD_FILE).exists()
+    ours = is_ours(directory, config)
     family = keymap.family_of(config, directory)
     rates = {"hidden_dropout_prob": dropout[0], "attention_probs_dropout_prob": dropout[1]}
     sizes = _encoder_config(config | rates, directory)

@@ -11,15 +11,20 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[np.float64]
 
 
-def confidence_features(scores: ArrayLike, resonance: ArrayLike, temperature: float = 1.0) -> Array:
+def confidence_features(
+    scores: ArrayLike, resonance: ArrayLike, temperature: float = 1.0, best: int | None = None
+) -> Array:
     """[3] for one query's candidates [L], p = softmax(s/temperature): normalised entropy of p in [0, 1],
-    margin of the two highest p in [0, 1], resonance of the top one in [-1, 1]. One candidate: (0, 1, r)."""
+    margin of the two highest p in [0, 1], resonance of the top one in [-1, 1]. One candidate: (0, 1, r).
+    With `best`, only so many candidates count, those with the highest scores: entropy and margin depend on
+    the length of a list."""
     values = np.asarray(scores, np.float64) / temperature
     if values.size == 0:
         raise ValueError("a query without candidates has no confidence")
     top = float(np.asarray(resonance, np.float64)[int(np.argmax(values))])
     if values.size == 1:
         return np.array([0.0, 1.0, top])
+    values = np.sort(values)[-best:] if best else values
     p = np.exp(values - values.max())
     p /= p.sum()
     entropy = -float(np.sum(p * np.log(np.maximum(p, 1e-300)))) / np.log(values.size)
@@ -36,12 +41,16 @@ class Confidence:
     weights: tuple[float, ...]
     bias: float
     logits: tuple[float, ...]  # knots of the isotonic step, rising
-    levels: tuple[float, ...]  # its values at the knots, in [0, 1]
+    levels: tuple[float, ...]  # its values at the knots, in (0, 1)
+    candidates: int  # of each list that it was fitted on
 
     @classmethod
-    def fit(cls, features: ArrayLike, correct: ArrayLike, ridge: float = 1.0) -> Confidence:
-        """Fit on features [N, F] and events [N] (1: the top passage is relevant). `ridge` > 0 holds the
-        weights of standardised features finite. Raises ValueError without both kinds of event."""
+    def fit(cls, features: ArrayLike, correct: ArrayLike, candidates: int, ridge: float = 1.0) -> Confidence:
+        """Fit on features [N, F] of lists of `candidates` and events [N] (1: the top passage is relevant).
+
+        `ridge` > 0 holds the weights of standardised features finite; N events never give a level nearer to 0
+        or 1 than 1/(N + 2), Laplace's rule. Raises ValueError without both kinds of event.
+        """
         x, y = np.asarray(features, np.float64), np.asarray(correct, np.float64)
         if x.ndim != 2 or y.shape != x.shape[:1]:
             raise ValueError(f"features [N, F] and events [N] do not fit: {x.shape} and {y.shape}")
@@ -51,8 +60,16 @@ class Confidence:
         scale[scale < 1e-12] = 1.0
         weights, bias = _logistic((x - centre) / scale, y, ridge)
         logits, levels = _isotonic((x - centre) / scale @ weights + bias, y)
+        levels = np.clip(levels, 1.0 / (y.size + 2), 1.0 - 1.0 / (y.size + 2))
         numbers = [tuple(map(float, column)) for column in (centre, scale, weights, logits, levels)]
-        return cls(numbers[0], numbers[1], numbers[2], bias, numbers[3], numbers[4])
+        return cls(numbers[0], numbers[1], numbers[2], bias, numbers[3], numbers[4], candidates)
+
+    def of(self, scores: ArrayLike, resonance: ArrayLike) -> float | None:
+        """Probability that the top of one query's candidates [L] is relevant; of a longer list than it was
+        fitted on the best count. None for less than half as many: nothing is known of so short lists."""
+        if 2 * np.size(scores) < self.candidates:
+            return None
+        return float(self.predict(confidence_features(scores, resonance, best=self.candidates)[None])[0])
 
     def predict(self, features: ArrayLike) -> Array:
         """Probability [N] in [0, 1] for features [N, F]; between the knots it is interpolated."""
@@ -64,8 +81,8 @@ class Confidence:
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Confidence:
-        lists = {key: tuple(value) for key, value in stored.items() if key != "bias"}
-        return cls(bias=float(stored["bias"]), **lists)
+        numbers = {"bias": float(stored["bias"]), "candidates": int(stored["candidates"])}
+        return cls(**numbers, **{key: tuple(value) for key, value in stored.items() if key not in numbers})  # type: ignore[arg-type]
 
 
 def reliability(probability: ArrayLike, correct: ArrayLike, bins: int = 15) -> Array:

@@ -29,7 +29,7 @@ def by_name(results: list[ConfidenceResult]) -> dict[str, ConfidenceResult]:
 def test_a_fitted_confidence_is_better_calibrated_than_any_number_alone() -> None:
     score, resonance, qrels = judged(0)
     features = [confidence_features(list(score[q].values()), list(resonance[q].values())) for q in qrels]
-    fitted = Confidence.fit(np.asarray(features), [qrels[q].get("b", 0) for q in qrels])
+    fitted = Confidence.fit(np.asarray(features), [qrels[q].get("b", 0) for q in qrels], 2)
     new = judged(1)
     results = by_name(confidence_results(*new, fitted))
     assert next(iter(results)) == FITTED

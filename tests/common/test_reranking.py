@@ -33,7 +33,7 @@ class Lengths:
 
 def fitted() -> Confidence:
     margin = np.linspace(0, 1, 40)
-    return Confidence.fit(np.stack([1 - margin, margin, margin], axis=1), (margin > 0.5).astype(float))
+    return Confidence.fit(np.stack([1 - margin, margin, margin], axis=1), (margin > 0.5).astype(float), 3)
 
 
 def test_the_highest_score_comes_first_and_probabilities_add_up() -> None:
@@ -48,7 +48,7 @@ def test_the_highest_score_comes_first_and_probabilities_add_up() -> None:
 def test_confidence_is_the_calibrated_one_or_said_to_be_missing() -> None:
     clear, even = {"a": " ".join("abcdefghij"), "b": "x"}, {"a": "x y", "b": "z w"}
     assert rerank(Lengths(), "q", clear).confidence is None
-    assert shown(rerank(Lengths(), "q", clear)).endswith("relevant: not calibrated")
+    assert shown(rerank(Lengths(), "q", clear)).endswith("relevant: not calibrated for such a list")
     high, low = (rerank(Lengths(), "q", passages, fitted()) for passages in (clear, even))
     assert high.confidence is not None and low.confidence is not None
     assert high.confidence > 0.9 > 0.1 > low.confidence
@@ -93,3 +93,9 @@ def test_nothing_to_rank_is_refused(tmp_path: Path) -> None:
         read_passages(tmp_path / "p.txt")
     with pytest.raises(UserError, match="the query is empty"):
         rerank(Lengths(), " ", {"a": "b"})
+
+
+def test_a_damaged_confidence_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"resonance": {"confidence": {"bias": 1.0}}}))
+    with pytest.raises(UserError, match=r"confidence in its config\.json"):
+        load_confidence(tmp_path)

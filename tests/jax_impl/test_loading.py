@@ -187,6 +187,12 @@ def test_a_directory_that_we_wrote_is_strict_both_ways(trained: Path, file: str)
     assert "unexpected: " in str(error.value) and "cls.predictions.bias [5]" in str(error.value)
 
 
+def test_a_directory_of_ours_without_its_head_is_no_plain_cross_encoder(trained: Path) -> None:
+    (trained / "resonance.safetensors").unlink()
+    with pytest.raises(UserError, match=r"resonance\.safetensors, the head of its full score, is missing"):
+        load_cross_encoder(trained, ModelConfig())
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "resonance.safetensors"])
 def test_a_truncated_file_is_named(trained: Path, file: str) -> None:
     data = (trained / file).read_bytes()

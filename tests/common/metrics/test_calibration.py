@@ -21,7 +21,7 @@ def draw(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 def test_confidence_is_calibrated_on_new_queries() -> None:
     rng = np.random.default_rng(0)
-    confidence = Confidence.fit(*draw(rng, 3000))
+    confidence = Confidence.fit(*draw(rng, 3000), 20)
     features, correct = draw(rng, 3000)
     probability = confidence.predict(features)
     assert expected_calibration_error(probability, correct) < 0.05
@@ -31,7 +31,7 @@ def test_confidence_is_calibrated_on_new_queries() -> None:
 
 def test_confidence_rises_with_its_evidence_and_survives_json() -> None:
     rng = np.random.default_rng(1)
-    confidence = Confidence.fit(*draw(rng, 300))
+    confidence = Confidence.fit(*draw(rng, 300), 20)
     line = np.linspace(-9, 9, 50)[:, None] * np.array([[1.0, -0.5, 0.0]])
     p = confidence.predict(line)
     assert np.all(np.diff(p) >= 0) and p.min() >= 0 and p.max() <= 1 and p[-1] > p[0]
@@ -41,7 +41,7 @@ def test_confidence_rises_with_its_evidence_and_survives_json() -> None:
 
 def test_events_of_one_kind_are_refused() -> None:
     with pytest.raises(ValueError, match="whose is not"):
-        Confidence.fit(np.zeros((4, 3)), np.ones(4))
+        Confidence.fit(np.zeros((4, 3)), np.ones(4), 20)
 
 
 def test_features_of_sure_unsure_and_single_lists() -> None:
@@ -71,5 +71,21 @@ def test_auroc_counts_ties_half() -> None:
 def test_queries_that_look_alike_get_their_share_of_hits() -> None:
     features = np.repeat([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]], 10, axis=0)
     correct = np.array([1] * 2 + [0] * 8 + [1] * 7 + [0] * 3)
-    p = Confidence.fit(features, correct).predict(features)
+    p = Confidence.fit(features, correct, 20).predict(features)
     np.testing.assert_allclose(p, np.repeat([0.2, 0.7], 10))
+
+
+def test_a_longer_list_counts_as_its_best_and_a_much_shorter_one_is_not_judged() -> None:
+    rng = np.random.default_rng(2)
+    confidence = Confidence.fit(*draw(rng, 300), 4)
+    scores, r = np.array([3.0, 2.0, 1.0, 0.0]), np.array([0.9, 0.5, 0.2, 0.1])
+    longer = confidence.of(np.append(scores, [-3.0] * 40), np.append(r, [0.0] * 40))
+    assert longer == confidence.of(scores, r) is not None
+    assert confidence.of(scores[:2], r[:2]) is not None
+    assert confidence.of(scores[:1], r[:1]) is None
+
+
+def test_few_events_never_make_certain() -> None:
+    features = np.linspace(0, 1, 20)[:, None]
+    p = Confidence.fit(features, features[:, 0] > 0.5, 20).predict([[-9.0], [9.0]])
+    np.testing.assert_allclose(p, [1 / 22, 21 / 22])
