@@ -9,7 +9,7 @@ import importlib.util
 import itertools
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -568,6 +568,12 @@ def _refuse_unknown(argv: Sequence[str], known: set[str]) -> None:
         ]
         hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
         raise UserError(f"unknown setting {word.split('=', 1)[0]}{hint} (--help lists all)")
+
+
+def changed(config: RerankerConfig, changes: Mapping[str, Mapping[str, Any]]) -> RerankerConfig:
+    """The config with some settings of some parts replaced."""
+    parts = {part: dataclasses.replace(getattr(config, part), **new) for part, new in changes.items()}
+    return dataclasses.replace(config, **parts)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
