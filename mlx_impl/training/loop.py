@@ -139,10 +139,12 @@ class Trainer:
 
     def _one_step(self, step: int, batch: ListBatch) -> dict[str, Any]:
         phase = self._phase(step)
-        openness = openness_at((step - 1) / self.steps, self.config.train.separable_start)
-        moment = Moment(phase.temperature, phase.entropy_bonus, phase.ramp, openness)
+        moment = Moment(phase.temperature, phase.entropy_bonus, phase.ramp, self._openness(step))
         logged = self._step(Batch(*(mx.array(getattr(batch, name)) for name in Batch._fields)), moment)
         return logged | {"real_tokens": batch.token_share}
+
+    def _openness(self, step: int) -> float:
+        return openness_at((step - 1) / self.steps, self.config.train.separable_start)
 
     def _phase(self, step: int) -> Phase:
         quantum = self.config.quantum
@@ -158,11 +160,10 @@ class Trainer:
         values = self._log_finite(step, logged)
         phase = self._phase(step)
         rate = float(learning_rate(self.config.train, self.steps)(step - 1))
-        self.folder.log(
-            step,
-            "train",
-            values | {"temperature": phase.temperature, "ramp": phase.ramp, "learning_rate": rate},
-        )
+        settings = {"temperature": phase.temperature, "ramp": phase.ramp, "learning_rate": rate}
+        if self.config.train.separable_start:
+            settings["openness"] = self._openness(step)
+        self.folder.log(step, "train", values | settings)
         return f"loss {values['loss']:.4f}"
 
     def _log_finite(self, step: int, logged: dict[str, Any]) -> dict[str, float]:

@@ -5,17 +5,23 @@ Values, and gradients by the vectors of both sides and by every parameter.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from common.config import FIDELITY_BLOCKS, HEAD_PROJECTORS
+from common.checkpoint import HEAD_FILE, read_config, read_tensors
+from common.config import FIDELITY_BLOCKS, HEAD_PROJECTORS, ModelConfig
+from common.errors import UserError
 from common.reference import projector as reference
 from common.reference.cases import float32_exact, numeric_gradient
+from common.runs import read_metrics
+from common.text import PairTokenizer
 from tests.parity.backends import LOSS_TOLERANCE, Backend, Jax, Mlx, check, mix, mixed
 from tests.parity.test_models import compare, cross_encoders, draw, pair_outputs, randomise
+from tests.tiny import World, train, write_base
 
 Twins = tuple[Jax, Mlx]
 D, C = 5, 2 * FIDELITY_BLOCKS
@@ -233,3 +239,107 @@ def test_closed_attention_leaves_the_query_as_if_alone_and_open_attention_is_the
     assert np.abs((hidden(sides, 1.0) - alone) * query).max() > 1e-3
     usual = np.asarray(model.encoder(backend.array(ids), backend.array(sides > 0)), np.float64)
     check(f"{backend.name} open", hidden(sides, 1.0), usual, 1e-6)
+
+
+def settings(head: str) -> ModelConfig:
+    return ModelConfig(head=head, projector=HEAD_PROJECTORS[head][-1])  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def saved(backend: Backend, seed: int, tmp_path: Path) -> dict[str, Path]:
+    """A checkpoint of each head, written by the backend, no parameter where it began."""
+    base = write_base(tmp_path / "base", seed=seed)
+    loading, found = backend.module("loading"), {}
+    for head in ("cls", "real", "block_fidelity", "overlap"):
+        loaded = loading.load_cross_encoder(base, settings(head), seed=1)
+        randomise((backend,), [loaded.model], seed)  # type: ignore[arg-type]
+        found[head] = tmp_path / head
+        loading.save_cross_encoder(
+            found[head], loaded, training={}, tokenizer_save=PairTokenizer(base).save, card="# tiny\n"
+        )
+    return found
+
+
+def scores(backend: Backend, directory: Path, model: ModelConfig) -> np.ndarray:
+    """Full and portable score and the head's number of a few pairs."""
+    loaded = backend.module("loading").load_cross_encoder(directory, model)
+    rng = np.random.default_rng(0)
+    ids, sides = rng.integers(5, 100, (4, 12), dtype=np.int32), np.array([[1] * 5 + [2] * 7] * 4, np.int8)
+    return np.stack(backend.values(lambda *x: list(loaded.model(*x)[:3]))(ids, sides))
+
+
+def test_a_checkpoint_keeps_its_head_in_both_backends_and_its_portable_score_in_transformers(
+    twins: Twins, saved: dict[str, Path]
+) -> None:
+    for head, directory in saved.items():
+        assert read_config(directory)["resonance"]["head"] == head
+        ours, theirs = (scores(b, directory, ModelConfig()) for b in twins)  # the recipe names no head
+        check(f"saved {head}, jax with mlx", ours, theirs, 1e-4)
+        assert ours[2].any() == (head != "cls")
+        if head != "cls":
+            with pytest.raises(UserError, match=f"head is 'cls', the checkpoint has '{head}'"):
+                scores(twins[0], directory, ModelConfig(head="cls"))
+        assert not any(key.startswith("resonance") for key in read_tensors(directory))
+    assert "compare.logits" in read_tensors(saved["block_fidelity"] / HEAD_FILE)
+    torch = pytest.importorskip("torch", reason="the oracle needs torch: install the extra `peers`")
+    from transformers import BertForSequenceClassification
+
+    rng = np.random.default_rng(0)
+    ids = torch.tensor(rng.integers(5, 100, (4, 12)))
+    for directory in saved.values():
+        oracle = BertForSequenceClassification.from_pretrained(directory, dtype=torch.float64).eval()
+        portable = oracle(ids, torch.ones_like(ids)).logits[:, 0].detach().numpy()
+        check("portable", scores(twins[0], directory, ModelConfig())[1], portable, 1e-4)
+
+
+def test_a_checkpoint_without_a_head_s_name_has_the_resonance_and_an_unknown_one_is_refused(
+    backend: Backend, seed: int, tmp_path: Path
+) -> None:
+    base, loading = write_base(tmp_path / "base", seed=seed), backend.module("loading")
+    loaded = loading.load_cross_encoder(base, ModelConfig(), seed=1)
+    randomise((backend,), [loaded.model], seed)  # type: ignore[arg-type]
+    where = tmp_path / "saved"
+    loading.save_cross_encoder(
+        where, loaded, training={}, tokenizer_save=PairTokenizer(base).save, card="# tiny\n"
+    )
+    before = scores(backend, where, ModelConfig())
+    config = read_config(where)
+    for head in (None, "spin"):
+        config["resonance"].pop("head", None)
+        config["resonance"] |= {"head": head} if head else {}
+        (where / "config.json").write_text(json.dumps(config))
+        if head is None:
+            assert (scores(backend, where, ModelConfig()) == before).all()
+        else:
+            with pytest.raises(UserError, match="its head is 'spin'; known here are resonance, cls"):
+                scores(backend, where, ModelConfig())
+
+
+def test_a_sentence_encoder_without_resonance_begins_from_a_small_random_reading_of_cls(
+    backend: Backend, seed: int, tmp_path: Path
+) -> None:
+    base = write_base(tmp_path / "base", seed=seed)
+    (base / "modules.json").write_text("[]")
+    for head, gamma in (("cls", 0.0), ("root_fidelity", 20.0)):
+        loaded = backend.module("loading").load_cross_encoder(base, settings(head), seed=seed % 2**31)
+        values = backend.parameters(loaded.model)
+        assert loaded.settings["start"] == "sentence_encoder" and values["resonance.gamma"] == gamma
+        assert values["resonance.u"].any() == (head == "cls")
+    with pytest.raises(UserError, match="into 8 blocks, and this one has a width of 12: choose a multiple"):
+        wide = ModelConfig(head="block_fidelity", complex_width=12)
+        backend.module("loading").load_cross_encoder(base, wide)
+
+
+def test_a_separable_start_trains_on_closed_attention_and_evaluates_on_open(
+    backend: Backend, world: World, tmp_path: Path
+) -> None:
+    logged = []
+    for share in (0.0, 0.5):
+        config = world.config(max_steps=1, evaluations=1, separable_start=share)
+        train(config, tmp_path / str(share), backend=backend.name)
+        logged.append(read_metrics(tmp_path / str(share) / "tiny"))
+    (open_start, open_step, _), (start, step, _) = logged
+    assert start["kind"] == "dev" and start["nDCG@10"] == open_start["nDCG@10"]
+    assert start["score_spread"] == pytest.approx(open_start["score_spread"], abs=1e-6)
+    assert step["openness"] == 0.0 and "openness" not in open_step
+    assert abs(step["rank"] - open_step["rank"]) > 1e-3
