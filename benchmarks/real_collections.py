@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.record import Record, Row
+from common.ablation import TERM_VARIANTS
 from common.backends import Encoder, Scorer, Scores, checkpoint_identity, load_encoder, load_scorer
 from common.checkpoint import read_json
-from common.config import RerankerConfig, load_recipe, to_dict
+from common.config import RerankerConfig, changed, load_recipe, to_dict
 from common.data.records import Qrels, Run
 from common.data.sources import read_trec_run, read_tsv_qrels
 from common.errors import UserError, run_command
@@ -127,15 +128,12 @@ COLLECTIONS = {
     "pydocs": Collection("pydocs", {}, ("rrf",), 50),
 }
 
-Changes = dict[str, dict[str, Any]]
-_QUANTUM: Changes = {"train": {"objective": "quantum"}}
+Changes = Mapping[str, Mapping[str, Any]]
 VARIANTS: dict[str, Changes] = {
-    "bce": {"train": {"objective": "bce"}},
-    "listwise": {"train": {"objective": "listwise"}},
-    "superposition": _QUANTUM | {"quantum": {"mode": "superposition"}},
-    "entanglement": _QUANTUM | {"quantum": {"mode": "entanglement"}},
-    "resonance": _QUANTUM | {"quantum": {"mode": "resonance"}},
-    "unaligned": {"train": {"objective": "listwise"}, "quantum": {"alignment_weight": 0.0}},
+    **{
+        name: TERM_VARIANTS[name]
+        for name in ("bce", "listwise", "superposition", "entanglement", "resonance", "unaligned")
+    },
     "cls": {"train": {"objective": "listwise"}, "model": {"start": "masked_lm"}},
     "segment1": {"train": {"objective": "listwise"}, "model": {"passage_segment": 1}},
     PEER: {"train": {"objective": "listwise"}},  # whose pairs the peer is trained on
@@ -201,12 +199,6 @@ def base_config(collection: str, data: Path) -> RerankerConfig:
         "evaluation": {"depth": settings.depth, "first_stage": "rrf"},
     }
     return changed(changed(RerankerConfig(name=collection), common), settings.recipe)
-
-
-def changed(config: RerankerConfig, changes: Mapping[str, Mapping[str, Any]]) -> RerankerConfig:
-    """The config with some settings of some parts replaced."""
-    parts = {part: dataclasses.replace(getattr(config, part), **new) for part, new in changes.items()}
-    return dataclasses.replace(config, **parts)
 
 
 # --- training ---

@@ -9,7 +9,7 @@ import importlib.util
 import itertools
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -24,6 +24,18 @@ Objective = Literal[
 ]
 TEACHER_OBJECTIVES = ("margin_mse", "soft_labels")  # learn from a teacher's scores
 FirstStage = Literal["bm25", "dense", "rrf"]
+Head = Literal["resonance", "cls", "real", "real_part", "root_fidelity", "block_fidelity", "overlap"]
+# head -> the projectors it goes with
+HEAD_PROJECTORS: dict[str, tuple[str, ...]] = {
+    "resonance": ("cartesian", "polar"),
+    "cls": ("cartesian", "polar"),
+    "real": ("cartesian",),
+    "real_part": ("cartesian",),
+    "root_fidelity": ("cartesian", "polar"),
+    "block_fidelity": ("cartesian", "polar"),
+    "overlap": ("polar",),
+}
+FIDELITY_BLOCKS = 8  # of block_fidelity
 Options = TypeVar("Options")
 
 
@@ -45,6 +57,14 @@ class ModelConfig:
     start: Start = "auto"
     """How the head begins; `auto` reads it off the checkpoint (DESIGN section 3)."""
     projector: Literal["cartesian", "polar"] = "cartesian"
+    head: Head = "resonance"
+    """The number that gamma multiplies in the score, of the two sides' states.
+
+    resonance: r, the real part of their inner product. cls: none, the score is u.h_CLS alone.
+    Controls of r: real, the cosine of a real projection of width 2C that starts as the cartesian one;
+    real_part, cartesian with B = 0, which stays 0; overlap, BC of polar states, as if every phase were 0.
+    Blind to a common phase: root_fidelity, |<psi|chi>|; block_fidelity, the root of the weighted mean of the
+    fidelities of 8 blocks, each normalised, with learned weights that start equal."""
     complex_width: int | None = None
     """Complex amplitudes C; the encoder's width when absent."""
     passage_segment: Literal[0, 1] | None = None
@@ -168,6 +188,9 @@ class TrainConfig:
     """Off by default."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation; `auto` is bfloat16 for JAX on GPU, float32 elsewhere. Parameters stay float32."""
+    separable_start: float = 0.0
+    """Share of the steps, below 1, in which attention between query and passage opens linearly from none; 0
+    is open from the first. Every evaluation is open. BERT, RoBERTa, XLM-R and ELECTRA only."""
     seed: int = 0
     evaluations: int = 3
     """How often dev is scored during training, evenly spaced, the end included."""
@@ -222,13 +245,51 @@ class RerankerConfig:
         """New lists, and those of the old domain where there is one."""
         return self.train.batch_size + (self.retrain.old_batch_size if self.retrain.old_data else 0)
 
+    @property
+    def entangles(self) -> bool:
+        """Whether the loss has an entanglement term."""
+        quantum = self.quantum
+        if self.train.objective != "quantum" or quantum.mode not in ("resonance", "entanglement"):
+            return False
+        return quantum.entanglement_weight > 0
+
+    def head_checks(self, head: str) -> list[tuple[str, Any, bool, str]]:
+        """(field, value, whether it may go with `head`, what is allowed): a term on what no score reads would
+        train nothing that ranks."""
+        mode, weight = self.quantum.mode, self.retrain.resonance_alignment
+        on_states = self.train.objective == "quantum" and mode in ("resonance", "entanglement")
+        blind = "under model.head 'cls', whose score reads no state"
+        return [
+            (
+                "quantum.mode",
+                mode,
+                not (head == "cls" and on_states),
+                f"'superposition', 'adaptation' {blind}",
+            ),
+            ("retrain.resonance_alignment", weight, not (head == "cls" and weight > 0), f"0 {blind}"),
+            (
+                "quantum.entanglement_weight",
+                self.quantum.entanglement_weight,
+                not (head == "overlap" and self.entangles),
+                "0 under model.head 'overlap', whose score sees no phase: phases alone could satisfy it",
+            ),
+        ]
+
     def validate(self) -> RerankerConfig:
         """Return self, or raise a UserError that lists every field out of range."""
         if misfits := list(_misfits(self)):
             raise UserError("setting of the wrong kind: " + "; ".join(misfits))
         q, d, t, e, r = self.quantum, self.data, self.train, self.evaluation, self.retrain
-        width = self.model.complex_width
+        width, head = self.model.complex_width, self.model.head
+        projectors = HEAD_PROJECTORS[head]
         checks = [
+            (
+                "model.projector",
+                self.model.projector,
+                self.model.projector in projectors,
+                f"{' or '.join(map(repr, projectors))} under model.head {head!r}",
+            ),
+            *self.head_checks(head),
             ("quantum.resonance_threshold", q.resonance_threshold, 0 <= q.resonance_threshold <= 1, "[0, 1]"),
             ("quantum.resonance_weight", q.resonance_weight, q.resonance_weight >= 0, ">= 0"),
             ("quantum.resonance_sharpness", q.resonance_sharpness, q.resonance_sharpness > 0, "> 0"),
@@ -298,6 +359,7 @@ class RerankerConfig:
             ("train.max_grad_norm", t.max_grad_norm, t.max_grad_norm > 0, "> 0"),
             ("train.hidden_dropout", t.hidden_dropout, 0 <= t.hidden_dropout < 1, "[0, 1)"),
             ("train.attention_dropout", t.attention_dropout, 0 <= t.attention_dropout < 1, "[0, 1)"),
+            ("train.separable_start", t.separable_start, 0 <= t.separable_start < 1, "[0, 1)"),
             ("train.seed", t.seed, 0 <= t.seed < 2**31, "[0, 2^31)"),
             ("train.evaluations", t.evaluations, t.evaluations >= 1, ">= 1"),
             ("train.patience", t.patience, t.patience is None or t.patience >= 1, ">= 1"),
@@ -506,6 +568,12 @@ def _refuse_unknown(argv: Sequence[str], known: set[str]) -> None:
         ]
         hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
         raise UserError(f"unknown setting {word.split('=', 1)[0]}{hint} (--help lists all)")
+
+
+def changed(config: RerankerConfig, changes: Mapping[str, Mapping[str, Any]]) -> RerankerConfig:
+    """The config with some settings of some parts replaced."""
+    parts = {part: dataclasses.replace(getattr(config, part), **new) for part, new in changes.items()}
+    return dataclasses.replace(config, **parts)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

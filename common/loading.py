@@ -14,7 +14,7 @@ import numpy as np
 
 from common import keymap
 from common.checkpoint import HEAD_FILE, read_json, write_checkpoint
-from common.config import ModelConfig
+from common.config import FIDELITY_BLOCKS, HEAD_PROJECTORS, ModelConfig
 from common.errors import UserError
 from common.text import PairTokenizer
 
@@ -85,17 +85,44 @@ def head_settings(directory: Path, sizes: Any, model: ModelConfig, start: str) -
         )
     if model.passage_segment is None and start == "cross_encoder":  # which begins as it was
         segment = min(PairTokenizer(directory).own_passage_segment, last)
+    width = model.complex_width or sizes.hidden_size
+    if model.head == "block_fidelity" and width % FIDELITY_BLOCKS:
+        raise UserError(
+            f"model.head block_fidelity cuts a state into {FIDELITY_BLOCKS} blocks, and this one has a width "
+            f"of {width}: choose a multiple for model.complex_width."
+        )
     return {
-        "state_size": model.complex_width or sizes.hidden_size,
+        "head": model.head,
+        "state_size": width,
         "parameterisation": model.projector,
         "passage_segment": segment,
     }
+
+
+def head_start(settings: Mapping[str, Any], start: str) -> str:
+    """How u, gamma and b begin: a sentence encoder's, under a head that reads no state, as from nothing."""
+    return "masked_lm" if start == "sentence_encoder" and settings["head"] == "cls" else start
+
+
+def stored_settings(config: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """The `resonance` part of the config.json of a directory that we wrote; the first ones name no head.
+
+    UserError for a head that is not known here.
+    """
+    settings = {"head": ModelConfig.head, **config.get("resonance", {})}
+    if settings["head"] not in HEAD_PROJECTORS:
+        raise UserError(
+            f"{directory}: its head is {settings['head']!r}; known here are {', '.join(HEAD_PROJECTORS)}. "
+            "Load it with the version that wrote it."
+        )
+    return settings
 
 
 def check_unchanged(settings: Mapping[str, Any], model: ModelConfig, directory: Path) -> None:
     """Refuse a recipe that asks of a directory that we wrote another head than it has."""
     default = ModelConfig()
     wanted = {
+        "model.head": (model.head, default.head, "head"),
         "model.complex_width": (model.complex_width, default.complex_width, "state_size"),
         "model.projector": (model.projector, default.projector, "parameterisation"),
         "model.passage_segment": (model.passage_segment, default.passage_segment, "passage_segment"),

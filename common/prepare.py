@@ -276,7 +276,4 @@ def dev_queries(judged: Qrels, limit: int | None) -> list[str]:
 
 def pairs_queries(config: RerankerConfig) -> bool:
     """Whether the recipe has an entanglement term, so that batches bring related queries together."""
-    quantum = config.quantum
-    if config.train.objective != "quantum" or quantum.mode not in ("resonance", "entanglement"):
-        return False
-    return quantum.entanglement_weight > 0
+    return config.entangles

@@ -130,6 +130,19 @@ def tables_text(tables: Sequence[Table], width: int = 150) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
+def tables_markdown(tables: Sequence[Table]) -> str:
+    """The same tables in Markdown."""
+    parts = []
+    for table in tables:
+        rows = [table["columns"], ["---", *["---:"] * (len(table["columns"]) - 1)]]
+        rows += [[_text(cell).replace("|", "\\|") for cell in row] for row in table["rows"]]
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        parts.append(
+            "\n".join([f"**{table.get('title', 'Result')}**", "", *lines, "", table.get("note", "")])
+        )
+    return "\n\n".join(parts).rstrip() + "\n"
+
+
 def page(title: str, body: str) -> str:
     """A whole HTML page with the report's style; nothing is loaded."""
     return (

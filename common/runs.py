@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from common.checkpoint import read_json, to_json, write_file
+from common.config import RerankerConfig, to_dict
 from common.errors import UserError, listed
 
 Metrics = dict[str, Any]  # one line of metrics.jsonl: step, kind, time and the values
@@ -267,8 +268,13 @@ def _clear(path: Path) -> None:
 
 
 def _same_run(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
-    """Refuse to go on with another recipe or other data under the same name."""
+    """Refuse to go on with another recipe or other data under the same name.
+
+    A setting that is newer than the run had its default then.
+    """
+    usual = {"config": json.loads(to_json(to_dict(RerankerConfig())))}
     old, new = (dict(_flat({key: run.get(key) for key in now})) for run in (before, now))
+    old = {key: value for key, value in _flat(usual) if key in new} | old
     differ = [
         f"{key.removeprefix('config.')}: {old.get(key)!r} before, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())

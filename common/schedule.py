@@ -40,6 +40,12 @@ def phase_at(
     return Phase(tau0 * (tau1 / tau0) ** collapsed, beta * (1.0 - collapsed), collapsed)
 
 
+def openness_at(progress: float, share: float) -> float:
+    """How far attention between query and passage is open, in [0, 1]: linearly over the first `share` of the
+    steps, `progress` of which are taken; 1 throughout when `share` is 0."""
+    return min(1.0, progress / share) if share else 1.0
+
+
 def _collapsed(progress: float, phase: str) -> float:
     """How far the collapse has gone, from 0 (superposition) to 1 (resonance)."""
     if phase == "superposition":

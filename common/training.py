@@ -92,6 +92,25 @@ class DevSet:
         return DevResult(table[0.0], table[omega], alone, omega, float(np.mean(spread)), confidence)
 
 
+SEPARABLE = ("bert", "electra", "roberta", "xlm-roberta")  # the families of train.separable_start
+
+
+def check_model(config: RerankerConfig, model_type: str, head: str) -> None:
+    """UserError where the recipe asks of the loaded model what its family or its own head has not."""
+    if config.train.separable_start and model_type not in SEPARABLE:
+        raise UserError(
+            f"train.separable_start is {config.train.separable_start}, and {model_type} is not one of the "
+            f"families that it works with: {', '.join(SEPARABLE)}. Set it to 0, or choose another model.base."
+        )
+    wrong = [
+        f"{field} is {value!r}; allowed: {allowed}"
+        for field, value, good, allowed in config.head_checks(head)
+        if not good
+    ]
+    if wrong:
+        raise UserError(f"{config.model.base} has another head than the recipe's: {'; '.join(wrong)}")
+
+
 def planned_steps(config: RerankerConfig, steps_per_epoch: int) -> int:
     """Optimizer steps of a run: `epochs` of the lists, at least `min_steps`, at most `max_steps`."""
     train = config.train

@@ -36,8 +36,10 @@ from common.loading import (
     check_unchanged,
     choose_start,
     head_settings,
+    head_start,
     is_head,
     is_ours,
+    stored_settings,
     write_reranker,
 )
 from mlx_impl.models.bert import BertConfig, BertCrossEncoder, BertModel
@@ -94,7 +96,7 @@ def load_cross_encoder(
     sizes = _encoder_config(config | rates, directory)
     tensors = keymap.with_prefix(family, read_tensors(directory), where=directory)
     start = "resumed" if ours else choose_start(directory, family, tensors, model.start)
-    settings = dict(config.get("resonance", {})) if ours else head_settings(directory, sizes, model, start)
+    settings = stored_settings(config, directory) if ours else head_settings(directory, sizes, model, start)
     if ours:
         check_unchanged(settings, model, directory)
     rngs = Rngs(seed)
@@ -104,7 +106,7 @@ def load_cross_encoder(
     if ours:
         _fill(reranker.resonance, read_tensors(directory / HEAD_FILE), directory / HEAD_FILE)
     else:
-        _begin(reranker, start, rngs)
+        _begin(reranker, head_start(settings, start), rngs)
         settings["start"] = start
     return LoadedReranker(reranker, config, settings, start)
 
@@ -185,6 +187,7 @@ def _build(
             sizes,
             state_size=settings["state_size"],
             parameterisation=settings["parameterisation"],
+            head=settings["head"],
             passage_segment=settings["passage_segment"],
             dtype=dtype,
             rngs=rngs,

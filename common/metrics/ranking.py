@@ -36,6 +36,22 @@ def evaluate_run(
     return values
 
 
+def kendall_tau(a: Run, b: Run) -> dict[str, float]:
+    """Query -> Kendall's tau-b in [-1, 1] between the scores of two runs, over the passages that both have.
+
+    A query with fewer than two of them, or whose scores are all equal in a run, has none and is left out.
+    """
+    from scipy.stats import kendalltau
+
+    found = {}
+    for query in a.keys() & b.keys():
+        shared = sorted(a[query].keys() & b[query].keys())
+        ours, theirs = ([run[query][passage] for passage in shared] for run in (a, b))
+        if len(set(ours)) > 1 and len(set(theirs)) > 1:
+            found[query] = float(kendalltau(ours, theirs).statistic)
+    return dict(sorted(found.items()))
+
+
 def mean(values: Mapping[str, float]) -> float:
     """Mean over queries; NaN without any."""
     return sum(values.values()) / len(values) if values else float("nan")

@@ -1,10 +1,11 @@
-"""The phase/magnitude projector and the resonance of two states, in float64 NumPy.
+"""The phase/magnitude projector, the resonance of two states and the heads, in float64 NumPy.
 
-A state is a pair (re, im) of real arrays [..., C]. Twins: {jax_impl,mlx_impl}/models/projector.py.
+A state is a pair (re, im) of real arrays [..., C]. Twins: {jax_impl,mlx_impl}/models/{projector,heads}.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,12 @@ def polar(
     magnitude = np.logaddexp(0.0, hidden @ magnitude_kernel + magnitude_bias)
     phase = np.pi * np.tanh(hidden @ phase_kernel + phase_bias)
     return normalise(magnitude * np.cos(phase), magnitude * np.sin(phase), blocks)
+
+
+def real(hidden: Array, kernel: Array, blocks: int = 1) -> State:
+    """A real projection of width 2C, normalised, its halves as (re, im): kernel [D, 2C] -> state [..., C]."""
+    first, second = np.split(hidden @ kernel, 2, axis=-1)
+    return normalise(first, second, blocks)
 
 
 def normalise(re: Any, im: Any, blocks: int = 1) -> State:
@@ -73,3 +80,29 @@ def block_fidelity(psi: State, chi: State, weights: Array) -> Array:
         (psi[0].reshape(shape), psi[1].reshape(shape)), (chi[0].reshape(shape), chi[1].reshape(shape))
     )
     return np.sum(weights * (re**2 + im**2), axis=-1)
+
+
+def root_fidelity(psi: State, chi: State) -> Array:
+    """|<psi|chi>|, [..., C] -> [...] in [0, 1]."""
+    re, im = inner(psi, chi)
+    return np.sqrt(re**2 + im**2 + EPSILON**2)
+
+
+def root_block_fidelity(psi: State, chi: State, logits: Array) -> Array:
+    """sqrt(F_w) of blocks normalised here, w = softmax(logits [G]); [..., C] -> [...] in [0, 1]."""
+    weights = np.exp(logits - logits.max())
+    blocks = len(weights)
+    fidelity = block_fidelity(normalise(*psi, blocks), normalise(*chi, blocks), weights / weights.sum())
+    return np.sqrt(fidelity + EPSILON**2)
+
+
+# model.head -> the number that gamma multiplies, of two states and, where weights are learned, their logits
+HEADS: dict[str, Callable[..., Array]] = {
+    "resonance": resonance,
+    "cls": lambda psi, chi: np.zeros(psi[0].shape[:-1]),
+    "real": resonance,
+    "real_part": resonance,
+    "root_fidelity": root_fidelity,
+    "block_fidelity": root_block_fidelity,
+    "overlap": lambda psi, chi: fidelity_factors(psi, chi)[0],
+}

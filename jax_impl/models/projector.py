@@ -23,6 +23,8 @@ class Projector(nnx.Module):
     matrix, so at C = D the resonance of two states is the cosine of their vectors. With `imaginary_start` 0,
     B has a zero gradient under r and stays 0: the real control.
     polar: Z = m e^{i phi}, m = softplus(W_m h + b_m), phi = pi tanh(W_p h + b_p).
+    real: Z = W h, real of width 2C, its halves where re and im stand, so that r is the cosine. It starts as
+    the cartesian one: the control that has no complex number in it.
     `blocks` cuts C into equal blocks, each normalised.
     """
 
@@ -50,12 +52,20 @@ class Projector(nnx.Module):
         elif parameterisation == "polar":
             self.magnitude = nnx.Linear(hidden_size, state_size, rngs=rngs)
             self.phase = nnx.Linear(hidden_size, state_size, rngs=rngs)
+        elif parameterisation == "real":
+            start = Projector(hidden_size, state_size, imaginary_start=imaginary_start, rngs=rngs)
+            both = start.proj_re.kernel[...], start.proj_im.kernel[...]
+            self.proj = nnx.Linear(hidden_size, 2 * state_size, use_bias=False, rngs=nnx.Rngs(0))
+            self.proj.kernel[...] = jnp.concatenate(both, axis=1)
         else:
-            raise ValueError(f"parameterisation is {parameterisation!r}; allowed: cartesian, polar")
+            raise ValueError(f"parameterisation is {parameterisation!r}; allowed: cartesian, polar, real")
 
     def __call__(self, hidden: jax.Array) -> State:
         if self.parameterisation == "cartesian":
             return normalise(self.proj_re(hidden), self.proj_im(hidden), self.blocks)
+        if self.parameterisation == "real":
+            first, second = jnp.split(self.proj(hidden), 2, axis=-1)  # [..., C] each
+            return normalise(first, second, self.blocks)
         magnitude = jax.nn.softplus(self.magnitude(hidden))  # [..., C]
         phase = jnp.pi * jnp.tanh(self.phase(hidden))  # [..., C]
         return normalise(magnitude * jnp.cos(phase), magnitude * jnp.sin(phase), self.blocks)

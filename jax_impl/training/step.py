@@ -62,11 +62,12 @@ class Batch(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """What the host tells a step: the settings of common.schedule.Phase."""
+    """What the host tells a step: the settings of common.schedule.Phase, and `openness_at`."""
 
     temperature: jax.Array | float
     entropy_bonus: jax.Array | float
     ramp: jax.Array | float
+    openness: jax.Array | float = 1.0
 
 
 class TrainState(NamedTuple):
@@ -187,7 +188,8 @@ def make_step(
     ) -> tuple[jax.Array, Terms]:
         model = nnx.merge(graphdef, learned, fixed)
         rows = batch.mask.size
-        out = model(batch.input_ids.reshape(rows, -1), batch.sides.reshape(rows, -1), keys)
+        openness = moment.openness if config.train.separable_start else None
+        out = model(batch.input_ids.reshape(rows, -1), batch.sides.reshape(rows, -1), keys, openness)
         terms, weights = loss_terms(config, out, batch, moment)
         loss = sum(weights[name] * terms[name][0] * scale[name] for name in terms)
         return jnp.asarray(loss), terms

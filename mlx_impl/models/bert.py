@@ -268,6 +268,7 @@ class BertModel(nn.Module):
         attention_mask: mx.array,
         token_type_ids: mx.array | None = None,
         keys: mx.array | None = None,
+        between: mx.array | None = None,
     ) -> mx.array:
         """Hidden states [N, S, D] of the last layer.
 
@@ -276,11 +277,14 @@ class BertModel(nn.Module):
           attention_mask: [N, S], true at real tokens.
           token_type_ids: [N, S]; segment 0 throughout when absent.
           keys: [N, 2] random keys, one a row, which turn dropout on; none in evaluation.
+          between: [N, 1, S, S], added to the attention logits of every layer.
         """
         if token_type_ids is None:
             token_type_ids = mx.zeros_like(input_ids)
         x = self.embed(input_ids, token_type_ids, keys)  # [N, S, D]
         bias = mask_bias(attention_mask)[:, None, None, :]  # [N, 1, 1, S]
+        if between is not None:
+            bias = bias + between  # [N, 1, S, S]
         for index, layer in enumerate(self.encoder.layer):
             x = layer(x, bias, layer_keys(keys, index))
         return x

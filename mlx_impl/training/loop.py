@@ -20,13 +20,14 @@ from common.errors import UserError
 from common.prepare import Prepared, plan_batches, resolve_base
 from common.progress import progress
 from common.runs import RunFolder, environment
-from common.schedule import Phase, phase_at
+from common.schedule import Phase, openness_at, phase_at
 from common.text import PairTokenizer
 from common.training import (
     COLLAPSED_SPREAD,
     LOG_EVERY,
     DevResult,
     DevSet,
+    check_model,
     explained,
     interruptible,
     model_card,
@@ -64,6 +65,7 @@ class Trainer:
         directory = resolve_base(config, say=say)
         self.tokenizer = PairTokenizer(directory, data.max_query_tokens, data.max_passage_tokens)
         self.loaded = _load(config, directory, self.dtype)
+        check_model(config, self.loaded.config["model_type"], self.loaded.settings["head"])
         self.plan = plan_batches(config, prepared, self.tokenizer, self._base_encoder(directory))
         self.steps = planned_steps(config, len(self.plan))
         self._report_start()
@@ -137,9 +139,12 @@ class Trainer:
 
     def _one_step(self, step: int, batch: ListBatch) -> dict[str, Any]:
         phase = self._phase(step)
-        moment = Moment(phase.temperature, phase.entropy_bonus, phase.ramp)
+        moment = Moment(phase.temperature, phase.entropy_bonus, phase.ramp, self._openness(step))
         logged = self._step(Batch(*(mx.array(getattr(batch, name)) for name in Batch._fields)), moment)
         return logged | {"real_tokens": batch.token_share}
+
+    def _openness(self, step: int) -> float:
+        return openness_at((step - 1) / self.steps, self.config.train.separable_start)
 
     def _phase(self, step: int) -> Phase:
         quantum = self.config.quantum
@@ -155,11 +160,10 @@ class Trainer:
         values = self._log_finite(step, logged)
         phase = self._phase(step)
         rate = float(learning_rate(self.config.train, self.steps)(step - 1))
-        self.folder.log(
-            step,
-            "train",
-            values | {"temperature": phase.temperature, "ramp": phase.ramp, "learning_rate": rate},
-        )
+        settings = {"temperature": phase.temperature, "ramp": phase.ramp, "learning_rate": rate}
+        if self.config.train.separable_start:
+            settings["openness"] = self._openness(step)
+        self.folder.log(step, "train", values | settings)
         return f"loss {values['loss']:.4f}"
 
     def _log_finite(self, step: int, logged: dict[str, Any]) -> dict[str, float]:

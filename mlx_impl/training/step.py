@@ -60,11 +60,12 @@ class Batch(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """What the host tells a step: the settings of common.schedule.Phase."""
+    """What the host tells a step: the settings of common.schedule.Phase, and `openness_at`."""
 
     temperature: mx.array | float
     entropy_bonus: mx.array | float
     ramp: mx.array | float
+    openness: mx.array | float = 1.0
 
 
 class TrainState(NamedTuple):
@@ -162,7 +163,8 @@ def make_step(config: RerankerConfig, state: TrainState, dropout_key: mx.array |
         batch: Batch, moment: Moment, keys: mx.array | None, scale: dict[str, Any]
     ) -> tuple[mx.array, Terms]:
         rows = batch.mask.size
-        out = model(batch.input_ids.reshape(rows, -1), batch.sides.reshape(rows, -1), keys)
+        openness = moment.openness if config.train.separable_start else None
+        out = model(batch.input_ids.reshape(rows, -1), batch.sides.reshape(rows, -1), keys, openness)
         terms, weights = loss_terms(config, out, batch, moment)
         loss = sum(weights[name] * terms[name][0] * scale[name] for name in terms)
         return loss, terms

@@ -177,3 +177,37 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, name: str, content:
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         load_recipe(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--model.head overlap", r"projector is 'cartesian'; allowed: 'polar' under model\.head 'overlap'"),
+        ("--model.head real --model.projector polar", r"projector is 'polar'; allowed: 'cartesian' under"),
+        ("--model.head cls --quantum.mode resonance", r"mode is 'resonance'; allowed: 'superposition', 'ad"),
+        ("--model.head cls --quantum.mode entanglement", r"whose score reads no state"),
+        (
+            "--model.head cls --retrain.resonance-alignment 0.1",
+            r"resonance_alignment is 0\.1; allowed: 0 und",
+        ),
+        (
+            "--model.head overlap --model.projector polar --quantum.mode resonance",
+            r"entanglement_weight is 0\.3; allowed: 0 under model\.head 'overlap', whose score sees no phase",
+        ),
+        ("--train.separable-start 1", r"separable_start is 1\.0; allowed: \[0, 1\)"),
+    ],
+)
+def test_a_head_refuses_what_would_mean_nothing_with_it(flags: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parsed(*flags.split())
+
+
+def test_a_head_goes_with_every_other_term() -> None:
+    for flags in (
+        "--model.head cls --train.objective listwise --quantum.mode resonance",
+        "--model.head overlap --model.projector polar --quantum.mode resonance"
+        " --quantum.entanglement-weight 0",
+        "--model.head block_fidelity --model.projector polar --quantum.mode entanglement",
+        "--model.head root_fidelity --retrain.resonance-alignment 0.1",
+    ):
+        assert parsed(*flags.split())[0].model.head in flags

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import common.runs as runs
+from common.config import RerankerConfig, to_dict
 from common.errors import UserError
 from common.report import write_report
 from common.runs import RunFolder, environment, read_metrics
@@ -93,6 +94,16 @@ def test_resuming_with_other_settings_or_data_is_refused_and_they_are_named(tmp_
     assert "train.learning_rate: 5e-05 before, 0.0001 now" in message
     assert "data_fingerprint: 'old' before, 'new' now" in message
     assert "--fresh" in message and "seed" not in message
+
+
+def test_a_setting_that_is_newer_than_a_run_had_its_default_then(tmp_path: Path) -> None:
+    config = to_dict(RerankerConfig())
+    before = {**config, "model": {key: value for key, value in config["model"].items() if key != "head"}}
+    RunFolder.create(tmp_path, "run", before).close()
+    RunFolder.create(tmp_path, "run", config).close()
+    other = {**config, "model": {**config["model"], "head": "cls"}}
+    with pytest.raises(UserError, match=r"model\.head: 'resonance' before, 'cls' now"):
+        RunFolder.create(tmp_path, "run", other)
 
 
 def test_a_refused_resume_does_not_keep_the_folder_locked(tmp_path: Path) -> None:

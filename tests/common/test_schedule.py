@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from common.schedule import Phase, phase_at
+from common.schedule import Phase, openness_at, phase_at
 
 
 def test_auto_walks_through_the_three_phases_at_0_20_50_and_100_percent() -> None:
@@ -39,3 +39,8 @@ def test_a_fixed_phase_keeps_its_settings_and_collapse_spans_the_whole_run() -> 
 def test_a_wrong_setting_is_named(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         phase_at(**arguments)  # type: ignore[arg-type]
+
+
+def test_a_separable_start_opens_linearly_over_its_share_and_stays_open() -> None:
+    assert [openness_at(progress, 0.4) for progress in (0.0, 0.1, 0.4, 0.9)] == [0.0, 0.25, 1.0, 1.0]
+    assert openness_at(0.0, 0.0) == 1.0
