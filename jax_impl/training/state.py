@@ -63,6 +63,8 @@ class StateFolder:
         try:
             loaded = self._checkpointer.load(step, abstract)
             notes = self._checkpointer.checkpointables_metadata(step).custom_metadata
+            if not notes:
+                raise ValueError("its notes are lost")
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"{self.directory}: the state of step {step} cannot be read ({error}). Delete the folder "
@@ -70,7 +72,7 @@ class StateFolder:
             ) from error
         treedef = jax.tree.structure(like)
         leaves = [jnp.asarray(loaded[name]) for name in _arrays(like)]
-        return jax.tree.unflatten(treedef, leaves), dict(notes or {})
+        return jax.tree.unflatten(treedef, leaves), dict(notes)
 
     def close(self) -> None:
         try:

@@ -131,10 +131,14 @@ class BertConfig:
 def known_settings(cls: type[Settings], config: Mapping[str, Any]) -> Settings:
     """The dataclass `cls` of the keys it knows, null as if absent.
 
-    ValueError for an activation or heads that cannot be.
+    ValueError for a value of another type than its default, and for an activation or heads that cannot be.
     """
     known = {field.name for field in dataclasses.fields(cls)}
     made = cls(**{key: value for key, value in config.items() if key in known and value is not None})
+    for field in dataclasses.fields(cls):
+        value, whole = getattr(made, field.name), isinstance(field.default, int)
+        if whole and not isinstance(value, int):
+            raise ValueError(f"{field.name} is {value!r}; a whole number is needed")
     for name in known & {"hidden_act", "hidden_activation", "pooler_hidden_act", "classifier_activation"}:
         if getattr(made, name) not in ACTIVATIONS:
             allowed = ", ".join(sorted(ACTIVATIONS))

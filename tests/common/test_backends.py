@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from common import backends
-from common.backends import checkpoint_identity, load_encoder, load_scorer
+from common.backends import checkpoint_identity, checkpoint_name, load_encoder, load_scorer
 from common.errors import UserError
+from common.hub import packaged_model
 
 
 @pytest.fixture
@@ -55,6 +56,13 @@ def test_without_any_backend_every_choice_is_named(model: Path, monkeypatch: pyt
     monkeypatch.setattr(backends, "_BACKENDS", table)
     with pytest.raises(UserError, match=r"no backend is installed.*pip jax.*pip mlx"):
         load_scorer(model)
+
+
+def test_a_table_calls_a_checkpoint_by_its_folder_and_only_the_packaged_one_by_its_model() -> None:
+    assert checkpoint_name(Path("/x/model")) == "model"
+    assert checkpoint_name(Path("/x/run/best")) == "run/best"
+    packaged = packaged_model()
+    assert packaged is None or checkpoint_name(packaged) == "all-MiniLM-L6-v2"
 
 
 def test_identity_follows_the_content_and_the_settings(model: Path) -> None:

@@ -209,6 +209,13 @@ def test_a_missing_setting_of_the_head_is_named(trained: Path) -> None:
         load_cross_encoder(trained, ModelConfig())
 
 
+def test_a_size_that_is_no_number_is_named(trained: Path) -> None:
+    config = json.loads((trained / "config.json").read_text())
+    (trained / "config.json").write_text(json.dumps(config | {"num_attention_heads": "4"}))
+    with pytest.raises(UserError, match=r"config\.json: num_attention_heads is '4'; a whole number"):
+        load_cross_encoder(trained, ModelConfig())
+
+
 @pytest.mark.parametrize("projector", ["cartesian", "polar"])
 def test_saving_and_loading_gives_the_same_bits(projector: Any, tmp_path: Path, seed: int) -> None:
     base = write_base(tmp_path / "base", seed=seed)

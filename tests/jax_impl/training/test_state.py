@@ -111,3 +111,16 @@ def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="state of step 3 cannot be read"):
             states.load(make_state(0, width=6))
     gc.collect()
+
+
+@failed_operation
+def test_a_state_whose_notes_are_lost_cannot_be_read(tmp_path: Path) -> None:
+    with closing(StateFolder(tmp_path / "state")) as states:
+        states.save(make_state(4), {"step": 4})
+    (tmp_path / "state" / "4" / "_CHECKPOINT_METADATA").unlink()
+    with (
+        closing(StateFolder(tmp_path / "state")) as states,
+        pytest.raises(UserError, match="state of step 4 cannot be read"),
+    ):
+        states.load(make_state(0))
+    gc.collect()
