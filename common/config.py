@@ -9,7 +9,7 @@ import importlib.util
 import itertools
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -57,7 +57,9 @@ class ModelConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     name: str = "pydocs"
-    """`pydocs`, a .jsonl/.json file of triples, a BEIR or TREC folder, or a hub dataset."""
+    """`pydocs`, a .jsonl/.json file of triples, a BEIR or TREC folder, or a hub dataset. Or several, joined
+    by `+`, each with `@N` to keep at most N of its training queries; a query's candidates and negatives are of
+    its own source."""
     train_split: str = "train"
     dev_split: str = "dev"
     test_split: str = "test"
@@ -70,8 +72,8 @@ class DataConfig:
     max_positives: int = 1
     """Positives in a training list, drawn anew each epoch."""
     negatives: Literal["bm25", "dense", "rrf", "judged", "given", "random"] = "rrf"
-    """Where negatives are drawn from: the top of a first stage, passages judged irrelevant, the triples' own,
-    or anywhere."""
+    """Where negatives are drawn from: the top of a first stage, passages judged irrelevant (among several
+    sources rrf for those that judge none), the triples' own, or anywhere."""
     negative_pool: int = 30
     """Hardest negatives kept for a query; a list draws from them anew each epoch."""
     max_query_tokens: int = 64
@@ -87,6 +89,9 @@ class DataConfig:
     )
     # fmt: on
     """The padded lengths in use, in tokens; each is compiled once."""
+    flipped_labels: float = 0.0
+    """Share of the training lists whose best positive and a negative change places, drawn with `train.seed`:
+    to measure what wrong labels do."""
     related_threshold: float = 0.5
     """Two queries with a cosine below this are unrelated."""
     on_bad_row: Literal["error", "skip"] = "error"
@@ -182,7 +187,8 @@ class EvalConfig:
     first_stage: Literal["auto"] | FirstStage = "auto"
     """Whose candidates are reranked, and whose scores are fused in; `auto` is the one that ranks dev best."""
     candidates: Literal["retrieved", "judged"] = "retrieved"
-    """The first stage's top passages, or exactly the judged passages of a query, whatever `depth` says."""
+    """The first stage's top passages, or exactly the judged passages of a query, whatever `depth` says (of
+    several sources, of those that judge irrelevant passages; on dev their `dev_depth` best)."""
     depth: int = 50
     """Candidates reranked for a query."""
     dev_queries: int | None = None
@@ -221,6 +227,14 @@ class RerankerConfig:
     def lists_per_step(self) -> int:
         """New lists, and those of the old domain where there is one."""
         return self.train.batch_size + (self.retrain.old_batch_size if self.retrain.old_data else 0)
+
+    def changed(self, **parts: Any) -> RerankerConfig:
+        """The recipe with other settings: config.changed(name="mine", train={"epochs": 2, "seed": 1})."""
+        settings = {
+            part: dataclasses.replace(getattr(self, part), **new) if isinstance(new, Mapping) else new
+            for part, new in parts.items()
+        }
+        return dataclasses.replace(self, **settings)
 
     def validate(self) -> RerankerConfig:
         """Return self, or raise a UserError that lists every field out of range."""
@@ -273,6 +287,7 @@ class RerankerConfig:
                 not (self.retrains and d.in_batch_negatives),
                 "0 in a retraining, whose lists are fixed",
             ),
+            ("data.flipped_labels", d.flipped_labels, 0 <= d.flipped_labels <= 1, "[0, 1]"),
             ("train.teacher_temperature", t.teacher_temperature, t.teacher_temperature > 0, "> 0"),
             ("data.related_threshold", d.related_threshold, 0 <= d.related_threshold <= 1, "[0, 1]"),
             ("train.epochs", t.epochs, t.epochs >= 0 and (t.epochs > 0 or t.max_steps), "> 0, or max_steps"),
