@@ -3,8 +3,10 @@
     python benchmarks/real_collections.py train --collection conala --variant listwise st --seed 0 1 2
     python benchmarks/real_collections.py table --collection conala
 
-One collection left out: train --collection general-less-conala, table --collection conala --trained-on
-general-less-conala. `train` leaves runs below runs/bench/<collection>/; finished ones are not trained again, ours resume where
+One collection left out: train --collection general-less-conala --variant resonance, then
+table --collection conala --trained-on general-less-conala.
+
+`train` leaves runs below runs/bench/<collection>/; finished ones are not trained again, ours resume where
 they stopped. `table` evaluates every finished run, prints the Markdown table and records its rows.
 """
 
@@ -550,8 +552,8 @@ Group = tuple[str, str, float]  # trained on, variant, learning rate
 
 
 def finished(root: Path, collection: str, options: argparse.Namespace) -> dict[Group, list[Path]]:
-    """The finished runs to measure on a collection: of --trained-on; else its own, or every other's where none
-    can be trained."""
+    """The finished runs to measure on a collection: those of --trained-on, or its own, or every other's where
+    it has none."""
     own = [collection] if COLLECTIONS[collection].trained else ["conala", "scifact", "nfcorpus", "wikiqa"]
     names = options.trained_on or own
     groups: dict[Group, list[Path]] = {}

@@ -58,8 +58,8 @@ class ModelConfig:
 class DataConfig:
     name: str = "pydocs"
     """`pydocs`, a .jsonl/.json file of triples, a BEIR or TREC folder, or a hub dataset. Or several, joined
-    by `+`, each with `@N` to keep at most N of its training queries; a query's candidates and negatives are of
-    its own source."""
+    by `+`, each with `@N` to keep at most N of its training queries; a query's candidates are of its
+    own source."""
     train_split: str = "train"
     dev_split: str = "dev"
     test_split: str = "test"

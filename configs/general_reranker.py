@@ -6,10 +6,10 @@
 $RESONANCE_DATA holds the BEIR folders `conala`, `wikiqa`, `scifact` and `nfcorpus` (corpus.jsonl[.gz],
 queries.jsonl, qrels/<split>.tsv): SciFact and NFCorpus as github.com/beir-cellar/beir has them, CoNaLa
 (conala-corpus.github.io) and WikiQA (aka.ms/WikiQA) put into that form. Each query's negatives come from its
-own collection; WikiQA's are those that it judges. Checkpoint and fusion weight are chosen on pooled dev queries,
-equally many of each; every test split has its own table, alone and fused. With a GPU, take the caps `@500` out
-of --data.name and set --data.max-passage-tokens 256. On the collection that was left out, and on TREC DL 2019:
-python benchmarks/real_collections.py table --collection conala --trained-on general-less-conala
+own collection; WikiQA's are those that it judges. Checkpoint and fusion weight are chosen on pooled dev
+queries, equally many of each; every test split has its own table, alone and fused. With a GPU, take the caps
+`@500` out of --data.name and set --data.max-passage-tokens 256. On what was left out, and on TREC DL 2019:
+benchmarks/real_collections.py (collections general, general-less-conala, general-less-wikiqa) measures them.
 
 preset       trained on                          time, memory on 2 CPU cores     result, nDCG@10
 (default)    all five                            not measured yet                not measured yet

@@ -80,8 +80,8 @@ def mine(
     """Negatives of each query of `qrels`; how many passages each rule left out, and queries without any.
 
     `candidates` scores a query's passages, `positives` its relevant ones by the same scorer; `teacher`, where
-    given, scores both. Left out are relevant passages, also of a query of the same words, copies of them or of
-    a negative (the same words), and what the rules exclude.
+    given, scores both. Left out are relevant passages, also of a query of the same words, copies of them or
+    of a negative (the same words), and what the rules exclude.
     """
     lost: Counter[str] = Counter()
     found: list[Mined] = []

@@ -177,3 +177,13 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, name: str, content:
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         load_recipe(str(tmp_path / name))
+
+
+def test_a_recipe_is_changed_by_parts() -> None:
+    config = RerankerConfig().changed(name="mine", train={"epochs": 2, "seed": 7}, data={"list_size": 3})
+    assert (config.name, config.train.epochs, config.train.seed) == ("mine", 2, 7)
+    assert config.data.list_size == 3 and config.train.learning_rate == RerankerConfig().train.learning_rate
+    with pytest.raises(TypeError, match="sead"):
+        config.changed(train={"sead": 1})
+    with pytest.raises(UserError, match=r"data\.flipped_labels is 1\.5; allowed: \[0, 1\]"):
+        config.changed(data={"flipped_labels": 1.5}).validate()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from common.backends import load_encoder
-from common.config import RerankerConfig
+from common.config import RerankerConfig, RunOptions, load_recipe
 from common.data.combined import source_of
 from common.data.lists import random_negatives
 from common.data.sources import load_ranking_data
@@ -19,7 +19,10 @@ from common.errors import UserError
 from common.evaluation import evaluate_recipe
 from common.prepare import candidates, dev_candidates, plan_batches, prepare
 from common.text import PairTokenizer
+from common.workflow import train_recipe
 from tests.tiny import FILLER, World, write_collection
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +161,29 @@ def test_the_evaluate_command_prints_a_table_for_each_source(
     }
     with pytest.raises(UserError, match="--run and --qrels belong to one source"):
         main([str(word) for word in ("--data", sources, "--qrels", "x.tsv")])
+
+
+def test_the_general_recipe_names_each_collection_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESONANCE_DATA", str(tmp_path))
+    name = load_recipe(str(ROOT / "configs" / "general_reranker.py")).data.name
+    assert name.startswith("pydocs + ")
+    with pytest.raises(UserError, match="4 of the 4 sources cannot be loaded") as error:
+        load_ranking_data(name.removeprefix("pydocs + "))
+    for collection in ("conala", "wikiqa", "scifact", "nfcorpus"):
+        assert f"{tmp_path}/{collection}" in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_run_on_several_sources_ends_with_a_table_of_each(
+    world: World, sources: str, tmp_path: Path
+) -> None:
+    recipe = config(world, sources).changed(train={"max_steps": 4, "evaluations": 1})
+    said: list[str] = []
+    run = train_recipe(recipe, RunOptions(runs=tmp_path), say=said.append)
+    titles = [table["title"].split(":")[0] for table in run.tables if "queries, top" in table["title"]]
+    assert titles == ["data test", "plain test", "judged test"]
+    assert any("rrf → tiny/best, fused" in text for text in said)
+    again = train_recipe(recipe, RunOptions(runs=tmp_path), say=said.append)
+    assert again.finished_before and again.tables == run.tables
