@@ -3,6 +3,9 @@
     python benchmarks/real_collections.py train --collection conala --variant listwise st --seed 0 1 2
     python benchmarks/real_collections.py table --collection conala
 
+One collection left out: train --collection general-less-conala --variant resonance, then
+table --collection conala --trained-on general-less-conala.
+
 `train` leaves runs below runs/bench/<collection>/; finished ones are not trained again, ours resume where
 they stopped. `table` evaluates every finished run, prints the Markdown table and records its rows.
 """
@@ -25,15 +28,17 @@ from benchmarks.record import Record, Row
 from common.ablation import TERM_VARIANTS
 from common.backends import Encoder, Scorer, Scores, checkpoint_identity, load_encoder, load_scorer
 from common.checkpoint import read_json
-from common.config import RerankerConfig, changed, load_recipe, to_dict
-from common.data.records import Qrels, Run
+from common.config import RerankerConfig, load_recipe, to_dict
+from common.data.negatives import MiningRules
+from common.data.records import RankingData, Run
 from common.data.sources import read_trec_run, read_tsv_qrels
 from common.errors import UserError, run_command
 from common.evaluation import Table, evaluate
 from common.hub import resolve_model
-from common.metrics.ranking import evaluate_run, mean, ranked
+from common.metrics.ranking import evaluate_run, mean
 from common.metrics.significance import bootstrap_interval, paired_randomisation
-from common.prepare import Prepared, cache_root, candidates, dev_queries, load_data, prepare
+from common.mining import mine_negatives, with_negatives
+from common.prepare import Prepared, cache_root, candidates, dev_candidates, load_data, prepare
 from common.retrieval.fusion import choose_omega
 from common.runs import RunFolder
 from common.text import PASSAGE, QUERY, PairTokenizer
@@ -60,7 +65,9 @@ class Collection:
     depth: int
     metrics: tuple[str, ...] = ("nDCG@10", "RR@10", "AP")
     trained: bool = True
+    tested: bool = True
     folder: str = ""  # of the data, when it is not the collection's own name
+    config: tuple[str, str | None] | None = None  # a recipe of configs/ and its preset, in place of `recipe`
 
 
 _SHORT = {"list_size": 6, "max_query_tokens": 48, "max_passage_tokens": 48}
@@ -125,22 +132,43 @@ COLLECTIONS = {
         ("nDCG@10", "RR(rel=2)@10", "AP(rel=2)"),
         trained=False,
     ),
-    "pydocs": Collection("pydocs", {}, ("rrf",), 50),
+    "pydocs": Collection("pydocs", {}, ("rrf",), 50, config=("quantum_resonance.py", None)),
+    **{
+        name: Collection(title, {}, (), 0, tested=False, config=("general_reranker.py", preset))
+        for name, title, preset in (
+            ("general", "all collections", None),
+            ("general-less-conala", "all but CoNaLa", "less_conala"),
+            ("general-less-wikiqa", "all but WikiQA", "less_wikiqa"),
+        )
+    },
 }
 
 Changes = Mapping[str, Mapping[str, Any]]
+_LISTWISE: Changes = TERM_VARIANTS["listwise"]
+_NOISE: Changes = {"data": {"flipped_labels": 0.2}}
+MINED = "mined"
 VARIANTS: dict[str, Changes] = {
     **{
         name: TERM_VARIANTS[name]
         for name in ("bce", "listwise", "superposition", "entanglement", "resonance", "unaligned")
     },
-    "cls": {"train": {"objective": "listwise"}, "model": {"start": "masked_lm"}},
-    "segment1": {"train": {"objective": "listwise"}, "model": {"passage_segment": 1}},
-    PEER: {"train": {"objective": "listwise"}},  # whose pairs the peer is trained on
+    "random": {**_LISTWISE, "data": {"negatives": "random"}},
+    MINED: {**_LISTWISE, "data": {"negatives": "given"}},  # which `mined_data` gives
+    "lora": {"train": {"objective": "listwise", "learning_rate": 2e-4}, "model": {"use_lora": True}},
+    "listwise-noisy": {**_LISTWISE, **_NOISE},
+    "resonance-noisy": {**TERM_VARIANTS["resonance"], **_NOISE},
+    "cls": {**_LISTWISE, "model": {"start": "masked_lm"}},
+    "segment1": {**_LISTWISE, "model": {"passage_segment": 1}},
+    PEER: _LISTWISE,  # whose pairs the peer is trained on
 }
 # The same run less one thing: what each variant's own contribution is measured against.
 WITHOUT = {
     "listwise": "unaligned",
+    "random": "listwise",
+    MINED: "random",
+    "lora": "listwise",
+    "listwise-noisy": "listwise",
+    "resonance-noisy": "listwise-noisy",
     "bce": "listwise",
     "superposition": "listwise",
     "entanglement": "superposition",
@@ -176,29 +204,29 @@ class Job:
 
     def _config(self) -> RerankerConfig:
         config = base_config(self.collection, self.data)
-        config = changed(config, VARIANTS[self.variant])
+        config = config.changed(**VARIANTS[self.variant])
         train: dict[str, Any] = {"seed": self.seed, "checkpoint_every": 100}
         if rate := self.rate or (PEER_RATE if self.variant == PEER else None):
             train["learning_rate"] = rate
         if self.steps:
             train |= {"max_steps": self.steps, "epochs": 0.0}
-        config = changed(config, {"train": train})
-        if self.queries:
-            config = changed(config, {"data": {"max_samples": self.queries}})
-        return config
+        config = config.changed(train=train)
+        return config.changed(data={"max_samples": self.queries}) if self.queries else config
 
 
 def base_config(collection: str, data: Path) -> RerankerConfig:
-    """A collection's recipe; pydocs has the main command's own."""
+    """A collection's recipe; pydocs and the general ones have a command's own."""
     settings = COLLECTIONS[collection]
-    if collection == "pydocs":
-        return load_recipe(str(ROOT / "configs" / "quantum_resonance.py"))
+    if settings.config is not None:
+        file, preset = settings.config
+        config = load_recipe(str(ROOT / "configs" / file), preset)
+        return config.changed(data={"name": config.data.name.replace("$RESONANCE_DATA", str(data))})
     common: Changes = {
         "data": {"name": str(data / (settings.folder or collection))},
         "train": {"epochs": 0.0, "max_steps": 1, "learning_rate": 5e-5, "evaluations": 3},
         "evaluation": {"depth": settings.depth, "first_stage": "rrf"},
     }
-    return changed(changed(RerankerConfig(name=collection), common), settings.recipe)
+    return RerankerConfig(name=collection).changed(**common).changed(**settings.recipe)
 
 
 # --- training ---
@@ -214,7 +242,7 @@ def train(job: Job, root: Path, encoder: Encoder) -> None:
         print(f"{path}: finished before")
         return
     print(f"== {job.collection} {job.name}")
-    prepared = prepare(config, encoder)
+    prepared = prepare(config, encoder, mined_data(config, encoder) if job.variant == MINED else None)
     folder = RunFolder.create(
         path.parent, job.name, recipe, data_fingerprint=prepared.data.training_fingerprint
     )
@@ -237,6 +265,15 @@ def train(job: Job, root: Path, encoder: Encoder) -> None:
         }
         folder.write_json(RESULT, about | trained)
         shutil.rmtree(folder.state, ignore_errors=True)
+
+
+def mined_data(config: RerankerConfig, encoder: Encoder) -> RankingData:
+    """The collection with what scripts/mine_negatives.py finds by its own rules for the training queries."""
+    rules = MiningRules(count=config.data.negative_pool)
+    data = load_data(config.data)
+    mined, lost = mine_negatives(data, config.data.train_split, rules, encoder=encoder)
+    print("mined: " + ", ".join(f"{number:,} {reason} left out" for reason, number in lost.items()))
+    return with_negatives(data, mined)
 
 
 def check_recipe(run: Path, recipe: Mapping[str, Any]) -> None:
@@ -345,15 +382,7 @@ class PeerDev:
         count = config.train.evaluations
         self.steps = {max(1, round(steps * (i + 1) / count)) for i in range(count)}
         self.limits = (config.data.max_query_tokens, config.data.max_passage_tokens)
-        judged = prepared.data.split(config.data.dev_split)
-        self.qrels: Qrels = {query: judged[query] for query in dev_queries(judged, self.settings.dev_queries)}
-        stage = prepared.dev[prepared.first_stage]
-        depth = None if self.settings.candidates == "judged" else self.settings.dev_depth
-        self.first: Run = {
-            query: {p: stage[query][p] for p in ranked(stage[query], depth)}
-            for query in self.qrels
-            if stage.get(query)
-        }
+        self.qrels, self.first = dev_candidates(config, prepared)
         self.cutter = Cutter(resolve_model(config.model.base, say=lambda _: None))
         self.best: dict[str, Any] = {}
 
@@ -521,8 +550,10 @@ Group = tuple[str, str, float]  # trained on, variant, learning rate
 
 
 def finished(root: Path, collection: str, options: argparse.Namespace) -> dict[Group, list[Path]]:
-    """The finished runs to measure on a collection: its own, or every other's where none can be trained."""
-    names = [collection] if COLLECTIONS[collection].trained else options.trained_on
+    """The finished runs to measure on a collection: those of --trained-on, or its own, or every other's where
+    it has none."""
+    own = [collection] if COLLECTIONS[collection].trained else ["conala", "scifact", "nfcorpus", "wikiqa"]
+    names = options.trained_on or own
     groups: dict[Group, list[Path]] = {}
     for name in names:
         for file in sorted((root / name).glob(f"*/{RESULT}")):
@@ -580,9 +611,7 @@ def measure(
     rankings = list(_averaged("", ("", "", 0.0), [table(())], list(qrels)))
     for (trained_on, variant, rate), runs in groups.items():
         name = "sentence-transformers" if variant == PEER else variant
-        known = (
-            PEER_RATE if variant == PEER else base_config(trained_on, options.data_dir).train.learning_rate
-        )
+        known = Job(trained_on, variant, 0, None, None, None, options.data_dir).config.train.learning_rate
         label = name + (f" {rate:.0e}".replace("e-0", "e-") if variant == PEER or rate != known else "")
         if trained_on != collection:
             label += f", trained on {COLLECTIONS[trained_on].title}"
@@ -591,7 +620,8 @@ def measure(
             print(f"{collection}: {run.parent.name}/{run.name}")
             tables.append(table([(load_peer if variant == PEER else load_ours)(run, limits)]))
         rankings += _averaged(label, (trained_on, variant, rate), tables, list(qrels))
-    trained = data.split(config.data.train_split) if settings.trained else {}
+    alone = settings.trained and options.trained_on in (None, [collection])
+    trained = data.split(config.data.train_split) if alone else {}
     known = {passage for grades in trained.values() for passage, grade in grades.items() if grade > 0}
     familiar = [any(grade > 0 and p in known for p, grade in grades.items()) for grades in qrels.values()]
     return rankings, np.asarray(familiar), data.fingerprint
@@ -650,8 +680,9 @@ def comparisons(
         for what, rate in peers_of(groups, ranking.trained_on).items():
             found[what] = rivals[PEER, rate]
         base = WITHOUT.get(ranking.variant, "")
-        if (base, ranking.rate) in rivals:
-            found[base] = rivals[base, ranking.rate]
+        rates = sorted((rate for variant, rate in rivals if variant == base), key=lambda r: r != ranking.rate)
+        if rates:  # at the same rate where there is such a run
+            found[base] = rivals[base, rates[0]]
     return [_versus(name, ranking, other) for name, other in found.items()]
 
 
@@ -811,8 +842,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--trained-on",
         nargs="+",
         choices=[name for name, settings in COLLECTIONS.items() if settings.trained],
-        default=["conala", "scifact", "nfcorpus", "wikiqa"],
-        help="whose checkpoints trec-dl19 measures",
+        help="whose checkpoints are measured, instead of the collection's own",
     )
     table.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     return parser.parse_args(argv)
@@ -821,11 +851,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse()
     for name in options.collection:
-        folder = options.data_dir / (COLLECTIONS[name].folder or name)
-        if name != "pydocs" and not folder.is_dir():
+        settings = COLLECTIONS[name]
+        folder = options.data_dir / (settings.folder or name)
+        if settings.config is None and not folder.is_dir():
             raise UserError(f"no folder {folder}; give --data-dir or set RESONANCE_DATA")
-        if options.command == "train" and not COLLECTIONS[name].trained:
+        if options.command == "train" and not settings.trained:
             raise UserError(f"{name} is for evaluation only: nothing is trained on it")
+        if options.command == "table" and not settings.tested:
+            raise UserError(
+                f"{name} is for training only: measure it on a collection, --collection conala "
+                f"--trained-on {name}"
+            )
     if options.command == "table":
         for name in options.collection:
             make_table(name, options)

@@ -14,7 +14,7 @@ import numpy as np
 
 from common.backends import Encoder, Scorer
 from common.checkpoint import read_json
-from common.config import RerankerConfig, changed
+from common.config import RerankerConfig
 from common.errors import UserError
 from common.evaluation import SAMPLES, evaluate_recipe, score_pairs
 from common.metrics.ranking import kendall_tau, mean, ranked
@@ -82,7 +82,7 @@ def grid(
             name = f"{recipe.name}-{Path(dataset).name.split('.')[0]}"
             if name in collections:
                 raise UserError(f"two collections would be called {name}: give their recipes different names")
-            collections[name] = changed(recipe, {"data": {"name": dataset}})
+            collections[name] = recipe.changed(data={"name": dataset})
     return [
         Job(name, variant, seed, _config(collections[name], variant, seed))
         for seed in seeds
@@ -92,7 +92,7 @@ def grid(
 
 
 def _config(recipe: RerankerConfig, variant: str, seed: int) -> RerankerConfig:
-    config = changed(changed(recipe, VARIANTS[variant]), {"train": {"seed": seed}})
+    config = recipe.changed(**VARIANTS[variant]).changed(train={"seed": seed})
     try:
         return dataclasses.replace(config, name=f"{variant}-s{seed}").validate()
     except UserError as error:
@@ -102,8 +102,15 @@ def _config(recipe: RerankerConfig, variant: str, seed: int) -> RerankerConfig:
 def outcome(
     config: RerankerConfig, prepared: Prepared, scorer: Scorer, encoder: Encoder, summary: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a run says of its test split, query by query, with the scores of every pair: its OUTCOME."""
-    table = evaluate_recipe(config, prepared, [scorer], encoder)
+    """What a run says of its test split, query by query, with the scores of every pair: its OUTCOME.
+
+    UserError for combined data, which has several.
+    """
+    if prepared.data.parts:
+        raise UserError(
+            f"data.name {config.data.name} names several sources; a grid measures one: name each with --data"
+        )
+    [table] = evaluate_recipe(config, prepared, [scorer], encoder)
     metric, pool = table.metrics[0], prepared.first_stage
     data, split, judged = prepared.data, config.data.test_split, config.evaluation.candidates == "judged"
     stage = candidates(data, split, encoder, judged, depth=table.depth)[pool]

@@ -77,7 +77,9 @@ class ModelConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     name: str = "pydocs"
-    """`pydocs`, a .jsonl/.json file of triples, a BEIR or TREC folder, or a hub dataset."""
+    """`pydocs`, a .jsonl/.json file of triples, a BEIR or TREC folder, or a hub dataset. Or several, joined
+    by `+`, each with `@N` to keep at most N of its training queries; a query's candidates are of its
+    own source."""
     train_split: str = "train"
     dev_split: str = "dev"
     test_split: str = "test"
@@ -90,8 +92,8 @@ class DataConfig:
     max_positives: int = 1
     """Positives in a training list, drawn anew each epoch."""
     negatives: Literal["bm25", "dense", "rrf", "judged", "given", "random"] = "rrf"
-    """Where negatives are drawn from: the top of a first stage, passages judged irrelevant, the triples' own,
-    or anywhere."""
+    """Where negatives are drawn from: the top of a first stage, passages judged irrelevant (among several
+    sources rrf for those that judge none), the triples' own, or anywhere."""
     negative_pool: int = 30
     """Hardest negatives kept for a query; a list draws from them anew each epoch."""
     max_query_tokens: int = 64
@@ -107,6 +109,9 @@ class DataConfig:
     )
     # fmt: on
     """The padded lengths in use, in tokens; each is compiled once."""
+    flipped_labels: float = 0.0
+    """Share of the training lists whose best positive and a negative change places, drawn with `train.seed`:
+    to measure what wrong labels do."""
     related_threshold: float = 0.5
     """Two queries with a cosine below this are unrelated."""
     on_bad_row: Literal["error", "skip"] = "error"
@@ -205,7 +210,8 @@ class EvalConfig:
     first_stage: Literal["auto"] | FirstStage = "auto"
     """Whose candidates are reranked, and whose scores are fused in; `auto` is the one that ranks dev best."""
     candidates: Literal["retrieved", "judged"] = "retrieved"
-    """The first stage's top passages, or exactly the judged passages of a query, whatever `depth` says."""
+    """The first stage's top passages, or exactly the judged passages of a query, whatever `depth` says (of
+    several sources, of those that judge irrelevant passages; on dev their `dev_depth` best)."""
     depth: int = 50
     """Candidates reranked for a query."""
     dev_queries: int | None = None
@@ -275,6 +281,14 @@ class RerankerConfig:
             ),
         ]
 
+    def changed(self, **parts: Any) -> RerankerConfig:
+        """The recipe with other settings: config.changed(name="mine", train={"epochs": 2, "seed": 1})."""
+        settings = {
+            part: dataclasses.replace(getattr(self, part), **new) if isinstance(new, Mapping) else new
+            for part, new in parts.items()
+        }
+        return dataclasses.replace(self, **settings)
+
     def validate(self) -> RerankerConfig:
         """Return self, or raise a UserError that lists every field out of range."""
         if misfits := list(_misfits(self)):
@@ -334,6 +348,7 @@ class RerankerConfig:
                 not (self.retrains and d.in_batch_negatives),
                 "0 in a retraining, whose lists are fixed",
             ),
+            ("data.flipped_labels", d.flipped_labels, 0 <= d.flipped_labels <= 1, "[0, 1]"),
             ("train.teacher_temperature", t.teacher_temperature, t.teacher_temperature > 0, "> 0"),
             ("data.related_threshold", d.related_threshold, 0 <= d.related_threshold <= 1, "[0, 1]"),
             ("train.epochs", t.epochs, t.epochs >= 0 and (t.epochs > 0 or t.max_steps), "> 0, or max_steps"),
@@ -568,12 +583,6 @@ def _refuse_unknown(argv: Sequence[str], known: set[str]) -> None:
         ]
         hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
         raise UserError(f"unknown setting {word.split('=', 1)[0]}{hint} (--help lists all)")
-
-
-def changed(config: RerankerConfig, changes: Mapping[str, Mapping[str, Any]]) -> RerankerConfig:
-    """The config with some settings of some parts replaced."""
-    parts = {part: dataclasses.replace(getattr(config, part), **new) for part, new in changes.items()}
-    return dataclasses.replace(config, **parts)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

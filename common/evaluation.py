@@ -201,23 +201,43 @@ def evaluate_recipe(
     scorers: Sequence[Scorer],
     encoder: Encoder,
     confidences: Mapping[str, Confidence] | None = None,
-) -> Table:
-    """The recipe's test split: every first stage, then each scorer over the recipe's candidates."""
-    data = prepared.data
+) -> list[Table]:
+    """The recipe's test split: every first stage, then each scorer over the recipe's candidates.
+
+    One table, or one for each part of combined data that has the split.
+    """
     settings, split = config.evaluation, config.data.test_split
     judged = settings.candidates == "judged"
-    longest = max(map(len, data.split(split).values()), default=0)
-    return evaluate(
-        data,
-        split,
-        candidates(data, split, encoder, judged, depth=settings.depth),
-        scorers,
-        depth=longest if judged else settings.depth,
-        pools=(prepared.first_stage,),
-        cache_dir=cache_root(),
-        metrics=tuple(dict.fromkeys((settings.metric, *DEFAULT_METRICS))),
-        confidences=confidences,
-    )
+    tables = []
+    for data, own in held_out(prepared.data, split, judged):
+        longest = max(map(len, data.split(split).values()), default=0)
+        tables.append(
+            evaluate(
+                data,
+                split,
+                candidates(data, split, encoder, own, depth=settings.depth),
+                scorers,
+                depth=longest if own else settings.depth,
+                pools=(prepared.first_stage,),
+                cache_dir=cache_root(),
+                metrics=tuple(dict.fromkeys((settings.metric, *DEFAULT_METRICS))),
+                confidences=confidences,
+            )
+        )
+    return tables
+
+
+def held_out(data: RankingData, split: str, judged: bool) -> list[tuple[RankingData, bool]]:
+    """What is evaluated apart: the data, or each part of combined data that has the split, and whether its
+    judged passages are its candidates (`judged`; of a part only where it judges irrelevant ones)."""
+    if not data.parts:
+        return [(data, judged)]
+    data.split(split)
+    return [
+        (part, judged and part.judges_irrelevant(split))
+        for part in data.parts.values()
+        if split in part.qrels
+    ]
 
 
 def chosen_qrels(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,13 +14,14 @@ from common.backends import Encoder
 from common.checkpoint import HEAD_FILE
 from common.config import TEACHER_OBJECTIVES, DataConfig, RerankerConfig
 from common.data import lists
+from common.data.combined import source_of
 from common.data.original import Original, original_outputs
 from common.data.pipeline import Embed, ListPlan, Recall
 from common.data.records import Qrels, RankingData, Run, stable_id
 from common.data.sources import load_ranking_data, read_trec_run
 from common.errors import UserError
 from common.hub import resolve_model
-from common.metrics.ranking import evaluate_run, mean
+from common.metrics.ranking import evaluate_run, mean, ranked
 from common.retrieval.candidates import FIRST_STAGES, first_stages, judged_stages
 from common.retrieval.dense import embed, passage_vectors, vectors_file
 from common.text import PairTokenizer
@@ -105,16 +107,31 @@ def candidates(
     depth: int = CANDIDATE_DEPTH,
     cache: Path | None = None,
 ) -> dict[str, Run]:
-    """Every first stage's candidates for a split's queries: retrieved, or the judged ones scored.
+    """Every first stage's candidates for a split's queries: retrieved, or the judged ones scored; in combined
+    data judged ones only for the parts that judge irrelevant passages too.
 
     At least `depth` of them, kept in `cache` (cache_root() when absent). BM25 alone without an encoder.
     """
     qrels, cache = data.split(split), cache or cache_root()
     which = FIRST_STAGES if encoder is not None else ("bm25",)
-    if judged:
-        return judged_stages(data, qrels, encoder, cache, which)
-    queries = {query: data.queries[query] for query in sorted(qrels)}
-    return first_stages(data, queries, encoder, max(depth, CANDIDATE_DEPTH), cache, which)
+    own = _with_own_candidates(data, split) if judged else {}
+    found = judged_stages(data, own, encoder, cache, which) if own else {stage: {} for stage in which}
+    queries = {query: data.queries[query] for query in sorted(qrels) if query not in own}
+    if queries:
+        retrieved = first_stages(data, queries, encoder, max(depth, CANDIDATE_DEPTH), cache, which)
+        found = {stage: run | retrieved[stage] for stage, run in found.items()}
+    return found
+
+
+def _with_own_candidates(data: RankingData, split: str) -> Qrels:
+    """The judgements of the queries whose judged passages are ranked: all, or of such parts."""
+    qrels = data.split(split)
+    if not data.parts:
+        return qrels
+    parts = {
+        name for name, part in data.parts.items() if split in part.qrels and part.judges_irrelevant(split)
+    }
+    return {query: grades for query, grades in qrels.items() if source_of(query) in parts}
 
 
 def prepare(
@@ -218,9 +235,12 @@ def _known_vectors(data: RankingData, encoder: Encoder) -> Embed:
     """The encoder's vectors of texts, those of passages from the cache where the first stage filled it."""
     rows: dict[str, int] = {}
     vectors = np.zeros((0, encoder.dim), np.float32)
-    if vectors_file(encoder, cache_root(), data.fingerprint).exists():
-        vectors = passage_vectors(data.corpus, encoder, cache_root(), data.fingerprint)
-        rows = {data.corpus[passage]: row for row, passage in enumerate(sorted(data.corpus))}
+    for part in data.parts.values() or (data,):
+        if vectors_file(encoder, cache_root(), part.fingerprint).exists():
+            start = len(vectors)
+            found = passage_vectors(part.corpus, encoder, cache_root(), part.fingerprint)
+            rows |= {part.corpus[passage]: start + row for row, passage in enumerate(sorted(part.corpus))}
+            vectors = np.concatenate((vectors, found))
 
     def look_up(texts: Sequence[str]) -> np.ndarray:
         if all(text in rows for text in texts):
@@ -246,6 +266,8 @@ def _write_training(
         settings.max_samples,
         config.train.seed,
     )
+    if settings.flipped_labels:
+        made = lists.flip_labels(made, settings.flipped_labels, config.train.seed)
     return lists.write_lists(made, cache_root() / "lists"), dropped
 
 
@@ -256,7 +278,7 @@ def _negatives(config: RerankerConfig, data: RankingData, encoder: Encoder) -> R
     if source == "random":
         return lists.random_negatives(data, split, config.data.negative_pool, config.train.seed)
     if source == "judged":
-        return judged_stages(data, data.split(split), encoder, cache_root(), ("rrf",))["rrf"]
+        return candidates(data, split, encoder, judged=True, depth=config.data.negative_pool)["rrf"]
     assert source in FIRST_STAGES
     return candidates(data, split, encoder, depth=config.data.negative_pool)[source]
 
@@ -269,9 +291,36 @@ def _related(config: RerankerConfig, data: RankingData, encoder: Encoder) -> lis
     return lists.related_queries(vectors, ids, config.data.related_threshold)
 
 
-def dev_queries(judged: Qrels, limit: int | None) -> list[str]:
-    """The dev queries scored during training: at most `limit`, a fixed sample."""
-    return sorted(judged, key=lambda query: stable_id("", query))[:limit]
+def dev_queries(judged: Qrels, limit: int | None, *, by_part: bool = False) -> list[str]:
+    """The dev queries scored during training: at most `limit`, a fixed sample.
+
+    `by_part`, for combined data, takes them in turn from each part.
+    """
+    order = sorted(judged, key=lambda query: stable_id("", query))
+    if by_part:
+        before: Counter[str] = Counter()  # part -> queries of it so far
+        turns = {}
+        for query in order:
+            turns[query] = before[source_of(query)]
+            before[source_of(query)] += 1
+        order.sort(key=lambda query: turns[query])
+    return order[:limit]
+
+
+def dev_candidates(config: RerankerConfig, prepared: Prepared) -> tuple[Qrels, Run]:
+    """The dev queries scored during training: their judgements, and their candidates by the first stage."""
+    settings, data = config.evaluation, prepared.data
+    judged = data.split(config.data.dev_split)
+    qrels = {
+        query: judged[query] for query in dev_queries(judged, settings.dev_queries, by_part=bool(data.parts))
+    }
+    stage = prepared.dev[prepared.first_stage]
+    depth = None if settings.candidates == "judged" and not data.parts else settings.dev_depth
+    return qrels, {
+        query: {passage: stage[query][passage] for passage in ranked(stage[query], depth)}
+        for query in qrels
+        if stage.get(query)
+    }
 
 
 def pairs_queries(config: RerankerConfig) -> bool:

@@ -12,11 +12,11 @@ import numpy as np
 
 from common.backends import Scores
 from common.config import RerankerConfig
-from common.data.records import Qrels, Run
+from common.data.records import Run
 from common.errors import UserError, out_of_memory
 from common.metrics.calibration import Confidence, confidence_features
 from common.metrics.ranking import evaluate_run, mean, ranked
-from common.prepare import Prepared, dev_queries
+from common.prepare import Prepared, dev_candidates
 from common.retrieval.fusion import choose_omega
 from common.text import Encoded, PairTokenizer
 
@@ -49,16 +49,7 @@ class DevSet:
     def __init__(self, config: RerankerConfig, prepared: Prepared, tokenizer: PairTokenizer) -> None:
         settings = config.evaluation
         self.settings = settings
-        judged = prepared.data.split(config.data.dev_split)
-        queries = dev_queries(judged, settings.dev_queries)
-        depth = None if settings.candidates == "judged" else settings.dev_depth
-        self.qrels: Qrels = {query: judged[query] for query in queries}
-        stage = prepared.dev[prepared.first_stage]
-        self.first: Run = {
-            query: {passage: stage[query][passage] for passage in ranked(stage[query], depth)}
-            for query in queries
-            if stage.get(query)
-        }
+        self.qrels, self.first = dev_candidates(config, prepared)
         self.baseline = mean(evaluate_run(self.first, self.qrels, (settings.metric,))[settings.metric])
         pairs = [(query, passage) for query, run in self.first.items() for passage in run]
         data = prepared.data

@@ -11,18 +11,18 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from common.backends import load_encoder, load_scorer
+from common.backends import Encoder, Scorer, load_encoder, load_scorer
 from common.config import FirstStage
-from common.data.records import OnBadRow
+from common.data.records import OnBadRow, RankingData
 from common.data.sources import load_ranking_data, read_trec_run
 from common.errors import UserError, run_command
-from common.evaluation import chosen_qrels, evaluate, write_output
+from common.evaluation import Table, chosen_qrels, evaluate, held_out, write_output
 from common.metrics.ranking import DEFAULT_METRICS
 from common.prepare import cache_root, candidates
 from common.reranking import load_confidences
@@ -34,7 +34,7 @@ class Args:
     models: tyro.conf.Positional[tuple[str, ...]] = ()
     """Checkpoint directories, or names of base models (scored from their start)."""
     data: str = "pydocs"
-    """`pydocs`, a file of triples, a BEIR or TREC folder, or a hub dataset."""
+    """`pydocs`, a file of triples, a BEIR or TREC folder, a hub dataset; several joined by `+`."""
     split: str = "test"
     on_bad_row: OnBadRow = "error"
     first_stage: tuple[FirstStage, ...] = ("rrf",)
@@ -44,7 +44,7 @@ class Args:
     qrels: Path | None = None
     """Judgements that replace the split's: .tsv (BEIR) or TREC form; may name passages outside the data."""
     judged: bool = False
-    """Rank exactly the judged passages of each query."""
+    """Rank exactly the judged passages of each query (among several sources where irrelevant ones are)."""
     depth: int = 50
     """Candidates of a query, the first stage's best."""
     max_queries: int | None = None
@@ -83,8 +83,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = tyro.cli(Args, description=__doc__, args=argv).validate()
     say = functools.partial(print, file=sys.stderr)
     scorers = [load_scorer(model, args.backend, say=say) for model in args.models]
-    cache = args.cache or cache_root()
     data = load_ranking_data(args.data, on_bad_row=args.on_bad_row)
+    if data.parts and (args.run or args.qrels):
+        raise UserError("--run and --qrels belong to one source: give --data a single one")
+    encoder = None
+    if args.encoder != "none" and args.run is None:
+        encoder = load_encoder(args.encoder, args.backend, say=say)
+    tables = [
+        evaluate_source(dataclasses.replace(args, judged=judged), part, scorers, encoder)
+        for part, judged in held_out(data, args.split, args.judged)
+    ]
+    found = tables[0].json() if not data.parts else {"sources": [table.json() for table in tables]}
+    result = json.dumps({**found, "environment": environment()}, indent=2, ensure_ascii=False) + "\n"
+    print(result if args.json == "-" else "\n".join(table.text() for table in tables), end="")
+    if args.json not in (None, "-"):
+        write_output(args.json, result)
+    if args.per_query is not None:
+        write_output(args.per_query, "".join("\t".join(row) + "\n" for row in per_query(tables)))
+
+
+def per_query(tables: Sequence[Table]) -> Iterator[tuple[str, ...]]:
+    """Every query's values; of several sources with the source in front, under one header."""
+    for number, table in enumerate(tables):
+        header, *rows = table.per_query()
+        name = (table.data,) if len(tables) > 1 else ()
+        yield from [] if number else [("source", *header) if name else header]
+        yield from ((*name, *row) for row in rows)
+
+
+def evaluate_source(
+    args: Args, data: RankingData, scorers: Sequence[Scorer], encoder: Encoder | None
+) -> Table:
+    """The table of one source."""
+    cache = args.cache or cache_root()
     qrels = chosen_qrels(data, args.split, args.qrels, args.max_queries)
     if args.run is not None:
         stages, pools = {"run": read_trec_run(args.run)}, ("run",)
@@ -95,10 +126,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{args.qrels}: {outside} of its {len(qrels)} queries are not in split {args.split!r} "
                 "and have no candidates; name their split with --split, or bring candidates with --run"
             )
-        encoder = None if args.encoder == "none" else load_encoder(args.encoder, args.backend, say=say)
         stages = candidates(data, args.split, encoder, args.judged, depth=args.depth, cache=cache)
         pools = tuple(dict.fromkeys(args.first_stage))
-    table = evaluate(
+    return evaluate(
         data,
         args.split,
         stages,
@@ -111,12 +141,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         confidences=load_confidences(args.models, scorers),
         seed=args.seed,
     )
-    result = json.dumps({**table.json(), "environment": environment()}, indent=2, ensure_ascii=False) + "\n"
-    print(result if args.json == "-" else table.text(), end="")
-    if args.json not in (None, "-"):
-        write_output(args.json, result)
-    if args.per_query is not None:
-        write_output(args.per_query, "".join("\t".join(row) + "\n" for row in table.per_query()))
 
 
 if __name__ == "__main__":

@@ -11,98 +11,19 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.analysis import analyse, write_analysis
-from common.analysis_view import analysis_tables
-from common.backends import load_encoder, load_scorer, load_trainer
-from common.config import RerankerConfig, parse_command, to_dict
-from common.errors import UserError, run_command
-from common.evaluation import evaluate_recipe
-from common.prepare import (
-    Prepared,
-    cache_root,
-    dev_queries,
-    load_data,
-    load_old_data,
-    prepare,
-    resolve_base,
-    run_fingerprint,
-)
-from common.report import tables_text, write_report
-from common.reranking import load_confidences
-from common.runs import RESULTS_FILE, RunFolder, environment, environment_line, finished_results
+from common.config import RerankerConfig, parse_command
+from common.errors import run_command
+from common.report import tables_text
+from common.workflow import train_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     config, options = parse_command(__doc__ or "", argv)
-    data, old = load_data(config.data), load_old_data(config)
-    recipe = to_dict(config)
-    fingerprint = run_fingerprint(data, old)
-    finished = None if options.fresh else finished_results(options.runs, config.name, recipe, fingerprint)
-    if finished is not None:
-        print(tables_text(finished["tables"]))
-        print(f"{options.runs / config.name} is finished; --fresh starts it over, --name begins another.")
-        print(next_steps(config, options.runs / config.name, finished["first_stage"]))
-        return
-    base = resolve_base(config, say=lambda _: None)  # a wrong name fails before any work
-    if base.absolute().is_relative_to((options.runs / config.name).absolute()):
-        raise UserError(
-            f"model.base {config.model.base} lies in this run's own folder {options.runs / config.name}, "
-            "which the run would write over: choose another --name."
-        )
-    encoder = load_encoder(config.data.encoder, options.backend)
-    prepared = prepare(config, encoder, data, old)
-    if options.evaluate_test:
-        prepared.data.split(config.data.test_split)  # a wrong name fails before training
-    print(environment_line(environment()))
-    with RunFolder.create(
-        options.runs,
-        config.name,
-        recipe,
-        resume=not options.fresh,
-        data_fingerprint=fingerprint,
-    ) as folder:
-        if config.retrain.analyze_existing:
-            analyse_original(config, prepared, folder, options.backend)
-        summary = load_trainer(options.backend)(config, prepared, folder)
-        if options.evaluate_test:
-            scorers = [load_scorer(folder.best, options.backend)]
-            confidences = load_confidences([folder.best], scorers)
-            if options.evaluate_start:
-                scorers.insert(0, load_scorer(config.model.base, options.backend, recipe=config))
-            table = evaluate_recipe(config, prepared, scorers, encoder, confidences)
-            results = {
-                "tables": table.shown(),
-                "evaluation": table.json(),
-                "first_stage": prepared.first_stage,
-                "training": summary,
-            }
-            folder.write_json(RESULTS_FILE, results)
-            print(table.text())
-        write_report(folder.path)
-    print(next_steps(config, folder.path, prepared.first_stage))
-
-
-def analyse_original(config: RerankerConfig, prepared: Prepared, folder: RunFolder, backend: str) -> None:
-    """Analyse the base on the dev queries, once a run: analysis-original.json, .png, .html."""
-    if (folder.path / "analysis-original.json").exists():
-        return
-    settings, judged = config.evaluation, prepared.data.split(config.data.dev_split)
-    base = load_scorer(config.model.base, backend, recipe=config, say=lambda _: None)
-    stage = prepared.dev[prepared.first_stage]
-    analysis = analyse(
-        base,
-        prepared.data,
-        config.data.dev_split,
-        stage,
-        first_stage=prepared.first_stage,
-        depth=max(map(len, stage.values())) if settings.candidates == "judged" else settings.dev_depth,
-        qrels={query: judged[query] for query in dev_queries(judged, settings.dev_queries)},
-        confidence=load_confidences([config.model.base], [base]).get(base.identity),
-        metric=settings.metric,
-        cache_dir=cache_root(),
-    )
-    write_analysis(folder.path, "original", analysis)
-    print(tables_text(analysis_tables(analysis)[:-1]))
+    trained = train_recipe(config, options)
+    if trained.finished_before:
+        print(tables_text(trained.tables))
+        print(f"{trained.folder} is finished; --fresh starts it over, --name begins another.")
+    print(next_steps(config, trained.folder, trained.first_stage))
 
 
 def next_steps(config: RerankerConfig, run: Path, first_stage: str) -> str:

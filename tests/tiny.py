@@ -86,6 +86,23 @@ def build(root: Path) -> World:
     return world
 
 
+def write_collection(folder: Path, words: list[str], *, queries: int, judged: int = 1) -> Path:
+    """A BEIR folder with splits train and test: a query's passage says its two words, among others. With
+    `judged` above 1 each query has so many judged passages, the others irrelevant."""
+    rng = np.random.default_rng(len(words) + judged)
+    pairs = [(a, b) for a in words for b in words if a < b]
+    chosen = [pairs[i] for i in rng.permutation(len(pairs))[:queries]]
+    passages = [" ".join(rng.permutation([*pair, *rng.choice(words, 3)])) for pair in chosen]
+    (folder / "qrels").mkdir(parents=True)
+    for name, texts in (("corpus", passages), ("queries", [" ".join(pair) for pair in chosen])):
+        rows = [json.dumps({"_id": f"{name[0]}{i}", "text": text}) for i, text in enumerate(texts)]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows))
+    for split, numbers in (("train", range(queries * 3 // 4)), ("test", range(queries * 3 // 4, queries))):
+        lines = [f"q{i}\tc{(i + j) % queries}\t{int(j == 0)}\n" for i in numbers for j in range(judged)]
+        (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
+    return folder
+
+
 def write_base(directory: Path, *, seed: int = 0, head: bool = False, **settings: Any) -> Path:
     """A BERT checkpoint directory with random weights, and a `classifier` of one label when `head`."""
     config = {

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from common.data.combined import runs_by_part
 from common.data.records import RankingData, Run, relevant_passages, same_words
 from common.errors import UserError
 
@@ -112,14 +113,45 @@ def given_negatives(data: RankingData) -> Run:
 
 
 def random_negatives(data: RankingData, split: str, depth: int, seed: int) -> Run:
-    """`depth` random passages for each query of a split, as a run. Relevant ones are left to build_lists."""
+    """`depth` random passages for each query of a split, as a run; in combined data of the query's own part.
+    Relevant ones are left to build_lists."""
+    if data.parts:
+        return runs_by_part(
+            data,
+            data.split(split),
+            lambda part, own: {"random": _random_passages(part, own, depth, seed)},
+        )["random"]
+    return _random_passages(data, data.split(split), depth, seed)
+
+
+def _random_passages(data: RankingData, queries: Iterable[str], depth: int, seed: int) -> Run:
     passages = sorted(data.corpus)
     rng = np.random.default_rng(seed)
     depth = min(depth, len(passages))
     return {
         query: _ranked([passages[i] for i in rng.choice(len(passages), depth, replace=False)])
-        for query in sorted(data.split(split))
+        for query in sorted(queries)
     }
+
+
+def flip_labels(lists: Sequence[TrainingList], share: float, seed: int) -> list[TrainingList]:
+    """The lists with wrong labels in `share` of them (rounded), drawn with `seed`.
+
+    Their best positive and a random negative of the pool change places; a teacher's scores go with them.
+    """
+    rng = np.random.default_rng((seed, len(lists)))
+    wrong = set(rng.permutation(len(lists))[: round(share * len(lists))].tolist())
+    return [_flipped(item, rng) if number in wrong else item for number, item in enumerate(lists)]
+
+
+def _flipped(item: TrainingList, rng: np.random.Generator) -> TrainingList:
+    place = int(rng.integers(len(item.negatives)))
+    positives, negatives, teacher = list(item.positives), list(item.negatives), list(item.teacher)
+    positives[0], negatives[place] = negatives[place], positives[0]
+    if teacher:
+        other = len(positives) + place
+        teacher[0], teacher[other] = teacher[other], teacher[0]
+    return replace(item, positives=tuple(positives), negatives=tuple(negatives), teacher=tuple(teacher))
 
 
 def related_queries(

@@ -6,7 +6,7 @@ the positive's score is NV-Retriever's (Moreira et al. 2024, arXiv:2407.15831).
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -80,11 +80,15 @@ def mine(
     """Negatives of each query of `qrels`; how many passages each rule left out, and queries without any.
 
     `candidates` scores a query's passages, `positives` its relevant ones by the same scorer; `teacher`, where
-    given, scores both. Left out are relevant passages, copies of them or of a negative (the same words), and
-    what the rules exclude.
+    given, scores both. Left out are relevant passages, also of a query of the same words, copies of them or
+    of a negative (the same words), and what the rules exclude.
     """
     lost: Counter[str] = Counter()
     found: list[Mined] = []
+    shown: dict[str, set[str]] = defaultdict(set)  # words of a query -> words of its relevant passages
+    for query, grades in qrels.items():
+        texts = (data.corpus[passage] for passage in relevant_passages(grades))
+        shown[same_words(data.queries[query])].update(map(same_words, texts))
     rng = np.random.default_rng(rules.seed)
     for query, grades in sorted(qrels.items()):
         relevant = relevant_passages(grades)
@@ -92,15 +96,17 @@ def mine(
             lost["queries without a relevant passage"] += 1
             continue
         scores = candidates.get(query, {})
-        fitting = list(_fitting(data, query, relevant, scores, positives[query], rules, teacher, lost))
+        known = set(shown[same_words(data.queries[query])])
+        own = positives[query]
+        fitting = list(_fitting(data, query, relevant, known, scores, own, rules, teacher, lost))
         if rules.choose == "random":
             fitting = [fitting[i] for i in sorted(rng.permutation(len(fitting))[: rules.count])]
         kept = fitting[: rules.count]
         if not kept:
             lost["queries without a fitting negative"] += 1
             continue
-        known = teacher[query] if teacher is not None else {**scores, **positives[query]}
-        found.append(Mined(query, {p: known[p] for p in relevant}, {p: known[p] for p in kept}))
+        values = teacher[query] if teacher is not None else {**scores, **own}
+        found.append(Mined(query, {p: values[p] for p in relevant}, {p: values[p] for p in kept}))
     return found, dict(lost)
 
 
@@ -108,15 +114,18 @@ def _fitting(
     data: RankingData,
     query: str,
     relevant: list[str],
+    shown: set[str],
     scores: Mapping[str, float],
     own: Mapping[str, float],
     rules: MiningRules,
     teacher: Run | None,
     lost: Counter[str],
 ) -> Iterator[str]:
-    """Passages that the rules let through, best score first; counts the others in `lost`."""
+    """Passages that the rules let through, best score first; counts the others in `lost`.
+
+    `shown` holds the words of the relevant passages; those of the negatives are added.
+    """
     best = _best(own, relevant)
-    shown = {same_words(data.corpus[passage]) for passage in relevant}
     others = [passage for passage in ranked(scores) if passage not in set(relevant)]
     for passage in others[rules.first_rank - 1 : rules.last_rank]:
         score, words = scores[passage], same_words(data.corpus[passage])

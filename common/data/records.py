@@ -35,6 +35,7 @@ class RankingData:
     negatives: dict[str, tuple[str, ...]] = field(default_factory=dict)  # query id -> given negatives
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows left out
     teacher: Run = field(default_factory=dict)  # a teacher's scores of pairs, which training may learn from
+    parts: dict[str, RankingData] = field(default_factory=dict)  # of combined data: ids stand behind `part/`
 
     @cached_property
     def fingerprint(self) -> str:
@@ -60,6 +61,10 @@ class RankingData:
                 "Name one of these in the data settings, or train without a test split: --no-evaluate-test."
             )
         return self.qrels[name]
+
+    def judges_irrelevant(self, split: str) -> bool:
+        """Whether queries of a split come with passages judged irrelevant: with candidates of their own."""
+        return any(grade <= 0 for grades in self.split(split).values() for grade in grades.values())
 
     def validate(self) -> RankingData:
         """Return self; UserError unless every id resolves, no text is empty and each split has a positive."""

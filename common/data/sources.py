@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import math
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from common.data.combined import combine, source_name
 from common.data.records import (
     BadRows,
     OnBadRow,
@@ -26,9 +29,10 @@ from common.data.records import (
     same_words,
     triples_data,
 )
-from common.errors import UserError
+from common.errors import UserError, listed
 
 SPLIT_NAMES = {"qrels": "test", "valid": "dev", "validation": "dev", "val": "dev", "development": "dev"}
+_LIMITED = re.compile(r"(.+)@(\d+)$")  # a source and how many of its training queries are kept
 TRIPLE_COLUMNS = {"query": ("query", "anchor", "question"), "positive": ("positive", "answer", "passage")}
 
 
@@ -44,6 +48,8 @@ def load_ranking_data(
 ) -> RankingData:
     """Ranking data named "pydocs", at a path (.jsonl or .json triples, BEIR or TREC folder), or on the hub.
 
+    Several of them, joined by `+`, are combined (common.data.combined); `@N` behind one keeps at most N of
+    its training queries: "pydocs + $DATA/conala + $DATA/scifact@500". Environment variables are filled in.
     Splits that are not published are cut from train by a hash of the query id and `seed`: `dev_fraction`, and
     `test_fraction` when train is the only split (each in [0, 1)). Without `labels` a BEIR folder may lack its
     judgements: the data then has no splits. Raises UserError naming what was tried, or each bad row.
@@ -51,7 +57,21 @@ def load_ranking_data(
     for option, value in (("dev_fraction", dev_fraction), ("test_fraction", test_fraction)):
         if not 0 <= value < 1:
             raise UserError(f"{option} is {value}; allowed: 0 <= {option} < 1.")
-    path = Path(name).expanduser()
+    if ("+" in name or _LIMITED.match(name)) and not Path(os.path.expandvars(name)).expanduser().exists():
+
+        def load(part: str) -> RankingData:
+            return load_ranking_data(
+                part,
+                on_bad_row=on_bad_row,
+                dev_fraction=dev_fraction,
+                test_fraction=test_fraction,
+                seed=seed,
+                cache_dir=cache_dir,
+                labels=labels,
+            )
+
+        return _load_several(name, load)
+    path = Path(name := _filled_in(name)).expanduser()
     if name == "pydocs":
         from common.data.pydocs import build_pydocs
 
@@ -71,6 +91,47 @@ def load_ranking_data(
     else:
         data = _load_hub(name, BadRows(on_bad_row), cache_dir)
     return cut_splits(data, dev_fraction, test_fraction, seed).validate()
+
+
+def _filled_in(name: str) -> str:
+    """The name with its environment variables. Raises UserError for those that are not set."""
+    found = os.path.expandvars(name)
+    unset = dict.fromkeys(re.findall(r"\$(?:\w+|\{\w+\})", found))
+    if unset and not Path(found).exists():
+        raise UserError(
+            f"data {name!r}: the environment variable {', '.join(unset)} is not set. Set it to the folder "
+            "that holds the data, or name the data by their paths."
+        )
+    return found
+
+
+def _load_several(name: str, load: Callable[[str], RankingData]) -> RankingData:
+    """Sources joined by `+`, combined. Raises one UserError that names every source that cannot be loaded."""
+    parts: dict[str, RankingData] = {}
+    limits: dict[str, int] = {}
+    problems = []
+    wanted = [part.strip() for part in name.split("+")]
+    for part in wanted:
+        limit = _LIMITED.match(part)
+        try:
+            if not part:
+                raise UserError(f"data {name!r}: a source is missing beside a `+`.")
+            if limit and int(limit[2]) < 1:
+                raise UserError(f"data {part!r}: keeps {limit[2]} training queries; allowed: @1 or more.")
+            data = load(limit[1] if limit else part)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        title = source_name(data.name, parts)
+        parts[title] = data
+        if limit:
+            limits[title] = int(limit[2])
+    if problems:
+        raise UserError(
+            f"{len(problems)} of the {len(wanted)} sources cannot be loaded:\n{listed(problems)}\n"
+            "Mend them, or leave them out of data.name."
+        )
+    return combine(parts, limits)
 
 
 def cut_splits(data: RankingData, dev_fraction: float, test_fraction: float, seed: int) -> RankingData:

@@ -9,6 +9,7 @@ from typing import Any
 
 from common.backends import Encoder
 from common.cache import cache_key, read_cache, write_cache
+from common.data.combined import own_id, runs_by_part
 from common.data.records import Qrels, RankingData, Run
 from common.errors import UserError
 from common.retrieval import lexical
@@ -29,8 +30,13 @@ def first_stages(
     """First stage -> the `depth` best passages of each query (query id -> text); "rrf" fuses the other two.
 
     Runs and passage vectors are kept in `cache_dir`, keyed by the data's fingerprint, the queries, the depth
-    and the encoder. Raises UserError for an unknown first stage and for "dense" or "rrf" without an encoder.
+    and the encoder. In combined data a query searches its own part. Raises UserError for an unknown first
+    stage and for "dense" or "rrf" without an encoder.
     """
+    if data.parts:
+        return runs_by_part(
+            data, queries, lambda part, own: first_stages(part, own, encoder, depth, cache_dir, which)
+        )
     compute = {
         "bm25": lambda: lexical.bm25_run(data.corpus, queries, depth),
         "dense": lambda: dense_run(
@@ -53,6 +59,11 @@ def judged_stages(
     For collections such as WikiQA, where a query's own judged candidates are ranked. BM25's word statistics
     are those of the whole corpus. Cached and checked as `first_stages`.
     """
+    if data.parts:
+        own = {query: {own_id(passage): grade for passage, grade in g.items()} for query, g in qrels.items()}
+        return runs_by_part(
+            data, own, lambda part, judged: judged_stages(part, judged, encoder, cache_dir, which)
+        )
     candidates = {query: sorted(grades) for query, grades in qrels.items()}
     compute = {
         "bm25": lambda: _judged_bm25(data, candidates),

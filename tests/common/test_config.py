@@ -211,3 +211,13 @@ def test_a_head_goes_with_every_other_term() -> None:
         "--model.head root_fidelity --retrain.resonance-alignment 0.1",
     ):
         assert parsed(*flags.split())[0].model.head in flags
+
+
+def test_a_recipe_is_changed_by_parts() -> None:
+    config = RerankerConfig().changed(name="mine", train={"epochs": 2, "seed": 7}, data={"list_size": 3})
+    assert (config.name, config.train.epochs, config.train.seed) == ("mine", 2, 7)
+    assert config.data.list_size == 3 and config.train.learning_rate == RerankerConfig().train.learning_rate
+    with pytest.raises(TypeError, match="sead"):
+        config.changed(train={"sead": 1})
+    with pytest.raises(UserError, match=r"data\.flipped_labels is 1\.5; allowed: \[0, 1\]"):
+        config.changed(data={"flipped_labels": 1.5}).validate()

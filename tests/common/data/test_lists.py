@@ -16,6 +16,7 @@ from common.data.lists import (
     NO_POSITIVE,
     TrainingList,
     build_lists,
+    flip_labels,
     given_negatives,
     random_negatives,
     read_lists,
@@ -178,3 +179,21 @@ def test_a_missing_or_damaged_file_says_how_it_is_written_again(tmp_path: Path) 
     record.unlink()
     with pytest.raises(UserError, match=again):
         read_lists(path)
+
+
+def test_a_share_of_the_lists_has_its_labels_exchanged() -> None:
+    pools = [tuple(f"bad {i} {j}" for j in range(3)) for i in range(40)]
+    scores = (9.0, 8.0, 3.0, 2.0, 1.0)
+    lists = [
+        TrainingList(f"q{i}", "query", (f"good {i}", "second"), (2.0, 1.0), pool, teacher=scores)
+        for i, pool in enumerate(pools)
+    ]
+    wrong = flip_labels(lists, 0.2, seed=3)
+    changed = [(a, b) for a, b in zip(lists, wrong, strict=True) if a != b]
+    assert len(changed) == 8 and wrong == flip_labels(lists, 0.2, seed=3) != flip_labels(lists, 0.2, seed=4)
+    for before, after in changed:
+        assert before.positives[0] in after.negatives and after.positives[0] in before.negatives
+        assert after.positives[1] == "second" and after.grades == before.grades
+        known = dict(zip((*before.positives, *before.negatives), before.teacher, strict=True))
+        assert after.teacher == tuple(known[text] for text in (*after.positives, *after.negatives))
+    assert flip_labels(lists, 0.0, seed=3) == lists

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,6 +33,15 @@ def test_relevant_passages_and_copies_are_never_negatives() -> None:
     found, lost = mined()
     assert found == ["p5", "p6", "p7", "p2"]  # neither the positives nor their copy nor a negative's twin
     assert lost == {"copies": 2, "queries without a fitting negative": 1}
+
+
+def test_a_passage_relevant_to_the_same_words_is_no_negative() -> None:
+    toy = replace(data(), queries={"q": "Some  query", "again": "some query"})
+    qrels = {"q": {"p0": 1}, "again": {"p5": 1}}
+    own = {"q": {"p0": 1.0}, "again": {"p5": 0.9}}
+    found, _ = mine(toy, qrels, {"q": SCORES, "again": SCORES}, own, MiningRules(relative_margin=None))
+    for item in found:
+        assert item.negatives and not {"p0", "copy", "p5", "twin"} & set(item.negatives)
 
 
 @pytest.mark.parametrize(

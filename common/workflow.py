@@ -1,0 +1,141 @@
+"""A recipe from data to evaluated checkpoint, as one call: what scripts/train.py does, for Python."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from common.analysis import analyse, write_analysis
+from common.analysis_view import analysis_tables
+from common.backends import load_encoder, load_scorer, load_trainer
+from common.config import RerankerConfig, RunOptions, to_dict
+from common.data.records import RankingData
+from common.errors import UserError
+from common.evaluation import evaluate_recipe
+from common.prepare import (
+    Prepared,
+    cache_root,
+    dev_candidates,
+    load_data,
+    load_old_data,
+    prepare,
+    resolve_base,
+    run_fingerprint,
+)
+from common.report import Table, tables_text, write_report
+from common.reranking import load_confidences
+from common.runs import RESULTS_FILE, RunFolder, environment, environment_line, finished_results
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """A run that has ended."""
+
+    folder: Path
+    first_stage: str  # whose candidates it reranks
+    tables: list[Table]  # of the test split; empty when that was not evaluated
+    finished_before: bool  # nothing was trained now
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint that ranks dev best."""
+        return self.folder / "best"
+
+
+def cut_short(config: RerankerConfig) -> RerankerConfig:
+    """The recipe cut to a few steps on short texts: everything runs, next to nothing is learned."""
+    return config.changed(
+        data={"max_query_tokens": 16, "max_passage_tokens": 32},
+        train={"epochs": 0.0, "min_steps": 0, "max_steps": 8, "evaluations": 1},
+        evaluation={"depth": 5, "dev_queries": 20, "dev_depth": 5},
+    )
+
+
+def train_recipe(
+    config: RerankerConfig,
+    options: RunOptions | None = None,
+    data: RankingData | None = None,
+    *,
+    say: Callable[[str], None] = print,
+) -> TrainedRun:
+    """Train a recipe, or go on with an interrupted run; then evaluate its test split and write the report.
+
+    `data` stands for what the recipe names, where it was loaded or made in Python. A run that is finished is
+    not trained again. Raises UserError for everything wrong with recipe, data or base.
+    """
+    config, options = config.validate(), options or RunOptions()
+    data, old = data or load_data(config.data), load_old_data(config)
+    recipe, place = to_dict(config), options.runs / config.name
+    fingerprint = run_fingerprint(data, old)
+    finished = None if options.fresh else finished_results(options.runs, config.name, recipe, fingerprint)
+    if finished is not None:
+        return TrainedRun(place, finished["first_stage"], finished["tables"], True)
+    base = resolve_base(config, say=lambda _: None)  # a wrong name fails before any work
+    if base.absolute().is_relative_to(place.absolute()):
+        raise UserError(
+            f"model.base {config.model.base} lies in this run's own folder {place}, "
+            "which the run would write over: choose another --name."
+        )
+    encoder = load_encoder(config.data.encoder, options.backend, say=say)
+    prepared = prepare(config, encoder, data, old, say=say)
+    if options.evaluate_test:
+        prepared.data.split(config.data.test_split)  # a wrong name fails before training
+    say(environment_line(environment()))
+    shown: list[Table] = []
+    with RunFolder.create(
+        options.runs,
+        config.name,
+        recipe,
+        resume=not options.fresh,
+        data_fingerprint=fingerprint,
+    ) as folder:
+        if config.retrain.analyze_existing:
+            analyse_original(config, prepared, folder, options.backend, say)
+        summary = load_trainer(options.backend)(config, prepared, folder, say=say)
+        if options.evaluate_test:
+            scorers = [load_scorer(folder.best, options.backend, say=say)]
+            confidences = load_confidences([folder.best], scorers)
+            if options.evaluate_start:
+                scorers.insert(0, load_scorer(config.model.base, options.backend, recipe=config, say=say))
+            tables = evaluate_recipe(config, prepared, scorers, encoder, confidences)
+            shown = [part for table in tables for part in table.shown()]
+            results = {
+                "tables": shown,
+                "evaluation": [table.json() for table in tables],
+                "first_stage": prepared.first_stage,
+                "training": summary,
+            }
+            folder.write_json(RESULTS_FILE, results)
+            for table in tables:
+                say(table.text())
+        write_report(folder.path)
+    return TrainedRun(folder.path, prepared.first_stage, shown, False)
+
+
+def analyse_original(
+    config: RerankerConfig,
+    prepared: Prepared,
+    folder: RunFolder,
+    backend: str = "auto",
+    say: Callable[[str], None] = print,
+) -> None:
+    """Analyse the base on the dev queries, once a run: analysis-original.json, .png, .html."""
+    if (folder.path / "analysis-original.json").exists():
+        return
+    base = load_scorer(config.model.base, backend, recipe=config, say=lambda _: None)
+    qrels, stage = dev_candidates(config, prepared)
+    analysis = analyse(
+        base,
+        prepared.data,
+        config.data.dev_split,
+        stage,
+        first_stage=prepared.first_stage,
+        depth=max(map(len, stage.values()), default=1),
+        qrels=qrels,
+        confidence=load_confidences([config.model.base], [base]).get(base.identity),
+        metric=config.evaluation.metric,
+        cache_dir=cache_root(),
+    )
+    write_analysis(folder.path, "original", analysis)
+    say(tables_text(analysis_tables(analysis)[:-1]))

@@ -1,0 +1,80 @@
+"""Every example runs from its first line to its last, on the tiny world."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import World
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
+
+
+def example(name: str, world: World, **settings: Any) -> Any:
+    main = importlib.import_module(f"examples.{name}").main
+    return main(data=str(world.data), base=str(world.base), quick=True, **settings)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_opens_with_its_purpose_its_command_and_its_time(name: str) -> None:
+    text = (ROOT / "examples" / f"{name}.py").read_text()
+    opening = text[: text.index('"""', 3)]
+    assert f"    python examples/{name}.py" in opening and "Time on 2 CPU cores: " in opening
+    assert len(text.splitlines()) <= 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_is_a_command(name: str) -> None:
+    shown = subprocess.run(
+        [sys.executable, ROOT / "examples" / f"{name}.py", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+    )
+    assert shown.returncode == 0 and "--quick" in shown.stdout, shown.stderr
+
+
+@pytest.mark.slow
+def test_training_ends_with_a_checkpoint_and_evaluation_measures_it(
+    world: World, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = example("basic_training", world, runs=runs)
+    assert (best / "resonance.safetensors").exists() and (best.parent / "report.html").exists()
+    assert "example_basic/best, fused" in capsys.readouterr().out
+    table = example("evaluation", world, model=str(best))
+    kinds = {(row.pool, row.kind) for row in table.rows if row.model}
+    assert kinds == {(pool, kind) for pool in ("bm25", "rrf") for kind in ("alone", "fused", "portable")}
+    assert "over its first stage, p = " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_both_ways_of_training_on_negatives_are_compared(world: World, runs: Path) -> None:
+    table = example("hard_negatives", world, runs=runs, margin=0.0)
+    given, random = "example_negatives_given/best", "example_negatives_random/best"
+    assert {row.model for row in table.rows if row.model} == {given, random}
+    assert {(pair.a, pair.b) for pair in table.pairs} == {(given, random)}
+
+
+@pytest.mark.slow
+def test_the_workflow_retrains_on_what_the_first_model_found(world: World, runs: Path) -> None:
+    answer = example("complete_workflow", world, runs=runs)
+    assert len(answer.passages) == 5 and answer.passages[0].rank == 1
+    retrained = runs / "example_second"
+    assert {f"analysis-{name}.json" for name in ("original", "test")} <= {
+        file.name for file in retrained.iterdir()
+    }
+    assert (runs / "example_first" / "best").is_dir() and (retrained / "best").is_dir()
