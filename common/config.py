@@ -9,7 +9,7 @@ import importlib.util
 import itertools
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -90,7 +90,7 @@ class DataConfig:
     list_size: int = 6
     """Candidates in a training list, positives included."""
     max_positives: int = 1
-    """Positives in a training list, drawn anew each epoch."""
+    """Positives in a training list, the best graded; among equal grades drawn anew each epoch."""
     negatives: Literal["bm25", "dense", "rrf", "judged", "given", "random"] = "rrf"
     """Where negatives are drawn from: the top of a first stage, passages judged irrelevant (among several
     sources rrf for those that judge none), the triples' own, or anywhere."""
@@ -228,7 +228,7 @@ class RerankerConfig:
     """A recipe for a reranker: `python scripts/train.py --config configs/quantum_resonance.py`."""
 
     name: str = "quantum_resonance"
-    """The run's folder below `runs/`."""
+    """The run's folder below `runs/`: one name, no path."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     quantum: QuantumConfig = QuantumConfig()
@@ -296,7 +296,9 @@ class RerankerConfig:
         q, d, t, e, r = self.quantum, self.data, self.train, self.evaluation, self.retrain
         width, head = self.model.complex_width, self.model.head
         projectors = HEAD_PROJECTORS[head]
+        folder = bool(self.name) and self.name[0] != "." and not set(self.name) & set("/\\\0")
         checks = [
+            ("name", self.name, folder, "a folder's name, without / and no dot first"),
             (
                 "model.projector",
                 self.model.projector,
@@ -372,8 +374,13 @@ class RerankerConfig:
             ("train.warmup", t.warmup, 0 <= t.warmup < 1, "[0, 1)"),
             ("train.weight_decay", t.weight_decay, t.weight_decay >= 0, ">= 0"),
             ("train.max_grad_norm", t.max_grad_norm, t.max_grad_norm > 0, "> 0"),
-            ("train.hidden_dropout", t.hidden_dropout, 0 <= t.hidden_dropout < 1, "[0, 1)"),
-            ("train.attention_dropout", t.attention_dropout, 0 <= t.attention_dropout < 1, "[0, 1)"),
+            ("train.hidden_dropout", t.hidden_dropout, 0 <= t.hidden_dropout <= 0.95, "[0, 0.95]"),
+            (
+                "train.attention_dropout",
+                t.attention_dropout,
+                0 <= t.attention_dropout <= 0.95,
+                "[0, 0.95]",
+            ),
             ("train.separable_start", t.separable_start, 0 <= t.separable_start < 1, "[0, 1)"),
             ("train.seed", t.seed, 0 <= t.seed < 2**31, "[0, 2^31)"),
             ("train.evaluations", t.evaluations, t.evaluations >= 1, ">= 1"),
@@ -382,7 +389,12 @@ class RerankerConfig:
             ("evaluation.depth", e.depth, e.depth >= 1, ">= 1"),
             ("evaluation.dev_depth", e.dev_depth, e.dev_depth >= 2, ">= 2"),
             ("evaluation.dev_queries", e.dev_queries, e.dev_queries is None or e.dev_queries > 0, ">= 1"),
-            ("evaluation.fusion_grid", e.fusion_grid, 0.0 in e.fusion_grid, "a grid that contains 0"),
+            (
+                "evaluation.fusion_grid",
+                e.fusion_grid,
+                0.0 in e.fusion_grid and min(e.fusion_grid) >= 0,
+                "numbers >= 0 that contain 0",
+            ),
             ("model.lora.rank", self.model.lora.rank, self.model.lora.rank >= 1, ">= 1"),
             ("model.lora.alpha", self.model.lora.alpha, self.model.lora.alpha > 0, "> 0"),
             ("model.complex_width", width, width is None or width >= 1, ">= 1"),
@@ -431,8 +443,11 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, part) for part in _alternatives(hint))
     if get_origin(hint) is Literal:
         return value in get_args(hint) and not isinstance(value, bool)
-    if hint in (int, float):
-        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:  # neither NaN nor infinite, nor a whole number beyond the range
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and abs(value) <= sys.float_info.max
     return isinstance(value, hint)
 
 
@@ -447,7 +462,13 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 def _in_words(hint: Any) -> str:
     if get_origin(hint) is tuple:
         return f"several of {_in_words(get_args(hint)[0])}"
-    words = {int: "a whole number", float: "a number", str: "text", bool: "True or False", NoneType: "None"}
+    words = {
+        int: "a whole number",
+        float: "a finite number",
+        str: "text",
+        bool: "True or False",
+        NoneType: "None",
+    }
     return " or ".join(
         ", ".join(map(repr, _choices(part))) or words.get(part, str(part)) for part in _alternatives(hint)
     )
@@ -485,8 +506,8 @@ def _explained(file: Path) -> Iterator[None]:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         known = sorted(_field_names(RerankerConfig))
         ends = {name.rsplit(".", 1)[-1]: name for name in known}
-        near = difflib.get_close_matches(unknown[1], ends, n=1) if unknown else []
-        hint = f"; did you mean {ends[near[0]]}?" if near else ""
+        near = _nearest(unknown[1], ends, 0.6) if unknown else None
+        hint = f"; did you mean {ends[near]}?" if near else ""
         raise UserError(
             f"{file}: the recipe cannot be read ({type(error).__name__}: {error}){hint}"
         ) from error
@@ -570,6 +591,15 @@ def _field_names(kind: type, prefix: str = "") -> set[str]:
     return names
 
 
+def _nearest(name: str, known: Iterable[str], cutoff: float) -> str | None:
+    """The setting that is meant: of the same last word or its initials (`lr`), else the nearest spelling."""
+    last = name.rpartition(".")[2]
+    ends = {key: key.rpartition(".")[2].split("_") for key in sorted(known)}
+    same = [key for key, end in ends.items() if last in ("_".join(end), "".join(word[0] for word in end))]
+    near = difflib.get_close_matches(name, same or ends, n=1, cutoff=0.0 if same else cutoff)
+    return near[0] if near else None
+
+
 def _refuse_unknown(argv: Sequence[str], known: set[str]) -> None:
     for word in argv:
         if not word.startswith("--") or word == "--help":
@@ -578,10 +608,8 @@ def _refuse_unknown(argv: Sequence[str], known: set[str]) -> None:
         plain = name.replace(".no_", ".").removeprefix("no_")
         if name in known or plain in known:
             continue
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4) or [
-            k for k in sorted(known) if k.rsplit(".", 1)[-1] == name
-        ]
-        hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
+        near = _nearest(name, known, 0.4)
+        hint = f"; did you mean --{near.replace('_', '-')}?" if near else ""
         raise UserError(f"unknown setting {word.split('=', 1)[0]}{hint} (--help lists all)")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -154,10 +155,12 @@ def evaluate(
     Every ranking, first stages included, is cut to `depth`; a query without candidates counts as 0. `qrels`
     replaces the split's judgements when the official ones name passages outside the corpus (the ideal DCG
     needs them). Pair scores are computed once per (query, passage) over all pools and kept in `cache_dir`.
-    The first metric decides which first stage is best. `confidences` holds what was fitted on dev, by the
-    scorer's identity. Raises UserError for an unknown pool or unknown ids.
+    The first metric decides which first stage is best; R@k and Success@k beyond `depth` are named by it.
+    `confidences` holds what was fitted on dev, by the scorer's identity. Raises UserError for an unknown pool
+    or unknown ids.
     """
     qrels = data.split(split) if qrels is None else qrels
+    metrics = _at_depth(metrics, depth)
     stages = _cut(first_stage_runs, qrels, depth)
     _check(data, qrels, stages, pools)
     rows = [_row(run, qrels, metrics, seed, pool=name) for name, run in stages.items()]
@@ -332,6 +335,13 @@ def _read_scores(path: Path) -> dict[tuple[str, str], np.ndarray]:
     with np.load(path, allow_pickle=False) as stored:
         keys = zip(stored["queries"].tolist(), stored["passages"].tolist(), strict=True)
         return dict(zip(keys, stored["values"], strict=True))
+
+
+def _at_depth(metrics: Sequence[str], depth: int) -> tuple[str, ...]:
+    """Recall and hit rate beyond the depth are those at the depth, and are named so."""
+    found = [(metric, re.fullmatch(r"(R|Success)@(\d+)", metric)) for metric in metrics]
+    beyond = (f"{m[1]}@{depth}" if m and int(m[2]) > depth else metric for metric, m in found)
+    return tuple(dict.fromkeys(beyond))
 
 
 def _cut(runs: Mapping[str, Run], qrels: Qrels, depth: int) -> dict[str, Run]:

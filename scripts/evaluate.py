@@ -50,7 +50,7 @@ class Args:
     max_queries: int | None = None
     """Only the first queries by id."""
     metrics: tuple[str, ...] = DEFAULT_METRICS
-    """ir-measures names; the first one is tested."""
+    """ir-measures names; the first one is tested. R@k and Success@k beyond the depth are shown at the depth."""
     encoder: str = "default"
     """Bi-encoder of the dense first stage; `none` leaves BM25 alone."""
     backend: Literal["auto", "jax", "mlx"] = "auto"
@@ -68,6 +68,8 @@ class Args:
         for flag, value in (("depth", self.depth), ("max-queries", self.max_queries)):
             if value is not None and value < 1:
                 raise UserError(f"--{flag} is {value}; allowed: >= 1")
+        if self.seed < 0:
+            raise UserError(f"--seed is {self.seed}; allowed: >= 0")
         if self.run and (self.judged or self.first_stage != ("rrf",)):
             raise UserError("--run brings its own candidates: leave out --first-stage and --judged")
         if self.judged and self.qrels:

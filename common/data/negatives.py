@@ -50,6 +50,7 @@ class MiningRules:
             ("last-rank", self.last_rank, self.last_rank >= self.first_rank, f">= {self.first_rank}"),
             ("margin", self.margin, self.margin is None or self.margin >= 0, ">= 0"),
             ("relative-margin", share, share is None or 0 <= share < 1, "[0, 1)"),
+            ("seed", self.seed, self.seed >= 0, ">= 0"),
             ("teacher-margin", self.teacher_margin, self.teacher_margin >= 0, ">= 0"),
         ]
         wrong = [

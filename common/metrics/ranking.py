@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from common.data.records import Qrels, Run
 from common.errors import UserError
 
-DEFAULT_METRICS = ("nDCG@10", "RR@10", "AP", "R@50")
+DEFAULT_METRICS = ("nDCG@10", "RR@10", "AP", "Success@10", "R@50")  # Success: the hit rate
 
 
 def ranked(scores: Mapping[str, float], depth: int | None = None) -> list[str]:
@@ -22,7 +22,8 @@ def evaluate_run(
 
     A query that is missing from the run counts as 0. The ideal DCG comes from the whole of `qrels`, gains are
     the grades (linear). Metric names are those of ir-measures: nDCG@10, RR@10, AP, R@50, Success@1,
-    AP(rel=2)... Raises UserError for a name that it does not know and for scores that are not numbers.
+    AP(rel=2)... Raises UserError for a name that it does not know, a cutoff below 1 and scores that are not
+    numbers.
     """
     import ir_measures
 
@@ -61,11 +62,15 @@ def _measure(name: str):  # type: ignore[no-untyped-def]  # ir-measures has no t
     import ir_measures
 
     try:
-        return ir_measures.parse_measure(name)
+        measure = ir_measures.parse_measure(name)
     except (NameError, ValueError, SyntaxError, KeyError, TypeError) as error:
         raise UserError(
             f"unknown metric {name!r}; use an ir-measures name: nDCG@10, RR@10, AP, R@50, Success@1"
         ) from error
+    cutoff = measure.params.get("cutoff", 1)
+    if not 1 <= cutoff < 2**31:  # trec_eval's C code would end the process
+        raise UserError(f"metric {name!r}: the cutoff is {cutoff}; allowed: a whole number >= 1, below 2^31")
+    return measure
 
 
 def _positions(query: str, scores: Mapping[str, float]) -> dict[str, float]:

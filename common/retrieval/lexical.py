@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ class BM25:
         import bm25s
         import Stemmer
 
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it narrates, at a level that it sets itself
         self._stemmer = Stemmer.Stemmer("english")
         self._index = bm25s.BM25(k1=K1, b=B, method="lucene")
         self._size = len(passages)

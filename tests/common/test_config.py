@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,7 +46,7 @@ def test_data_is_short_for_its_name() -> None:
         ),
         ("quantum=QuantumConfig(mode='entangled')", r"did you mean 'entanglement'\?"),
         ("quantum=QuantumConfig(phase='resonnance')", r"quantum\.phase is 'resonnance'.*mean 'resonance'\?"),
-        ("train=TrainConfig(epochs='3')", r"train\.epochs is '3'; allowed: a number"),
+        ("train=TrainConfig(epochs='3')", r"train\.epochs is '3'; allowed: a finite number"),
         ("train=TrainConfig(max_steps=2.5)", r"max_steps is 2\.5; allowed: a whole number or None"),
         ("data=DataConfig(length_buckets=[32])", r"length_buckets is \[32\]; allowed: several of a whole"),
         ("model=ModelConfig(use_lora=1)", r"use_lora is 1; allowed: True or False"),
@@ -98,6 +101,13 @@ print(*sorted({HEAVY!r} & set(sys.modules)))
     [
         (["--train.epoch", "3"], r"unknown setting --train\.epoch; did you mean --train\.epochs\?"),
         (["--quantum.resonance-treshold=0.5"], r"did you mean --quantum\.resonance-threshold\?"),
+        (["--train.lr", "1e-4"], r"unknown setting --train\.lr; did you mean --train\.learning-rate\?"),
+        (["--name", "a/b"], r"name is 'a/b'; allowed: a folder's name, without /"),
+        (["--name", ""], r"name is ''; allowed: a folder's name"),
+        (["--train.hidden-dropout", "0.99999999999"], r"hidden_dropout is .*; allowed: \[0, 0\.95\]"),
+        (["--train.attention-dropout", "0.96"], r"attention_dropout is 0\.96; allowed: \[0, 0\.95\]"),
+        (["--evaluation.fusion-grid", "0", "-1"], r"fusion_grid is \(0\.0, -1\.0\); allowed: numbers >= 0"),
+        (["--evaluation.fusion-grid", "1"], r"fusion_grid is \(1\.0,\); allowed: .* that contain 0"),
         (["--list-size", "3"], r"did you mean --data\.list-size\?"),
         (["--preset", "qick"], r"no preset 'qick'; it has: fine_tuning, .*Did you mean 'quick'\?"),
         (["--preset"], "--preset needs a value"),
@@ -110,6 +120,27 @@ def test_what_is_misspelt_or_out_of_range_is_refused_with_what_is_allowed(
 ) -> None:
     with pytest.raises(UserError, match=message):
         parsed(*argv)
+
+
+def floats(config: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the settings that are numbers with a fraction."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from floats(value, f"{prefix}{field.name}.")
+        elif isinstance(value, float):
+            yield prefix + field.name
+
+
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_numbers_that_are_not_finite_are_refused_in_every_field(value: str) -> None:
+    names = list(floats(RerankerConfig()))
+    assert len(names) > 20
+    with pytest.raises(UserError) as caught:
+        parsed(*(f"--{name}={value}" for name in names), "--evaluation.fusion-grid", "0", value)
+    for name in names:
+        assert f"{name} is {value}; allowed: a finite number" in str(caught.value)
+    assert f"evaluation.fusion_grid is (0.0, {value}); allowed: several of a finite" in str(caught.value)
 
 
 def test_the_retraining_recipes_keep_what_the_base_knew() -> None:

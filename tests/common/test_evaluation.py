@@ -107,10 +107,18 @@ def test_fusion_uses_the_checkpoints_omega(data: RankingData, stages: dict[str, 
     assert row(table, "near", "nothing", "alone").means != first.means
 
 
+def test_recall_and_hit_rate_beyond_the_depth_are_named_by_it(
+    data: RankingData, stages: dict[str, Run]
+) -> None:
+    table = evaluate(data, "test", stages, depth=4, pools=("near",))
+    assert table.metrics == ("nDCG@10", "RR@10", "AP", "Success@4", "R@4")
+    assert evaluate(data, "test", stages, depth=50, pools=("near",)).metrics[-2:] == ("Success@10", "R@50")
+
+
 def test_only_the_top_depth_is_reranked(data: RankingData, stages: dict[str, Run]) -> None:
     scorer = Oracle("good", 1.0)
-    table = evaluate(data, "test", stages, [scorer], depth=4, pools=("far",), metrics=("R@10", "RR@10"))
-    assert row(table, "far", "good", "alone").means == {"R@10": 0.0, "RR@10": 0.0}
+    table = evaluate(data, "test", stages, [scorer], depth=4, pools=("far",), metrics=("R@3", "RR@10"))
+    assert row(table, "far", "good", "alone").means == {"R@3": 0.0, "RR@10": 0.0}
     assert scorer.pairs == 4 * QUERIES
 
 

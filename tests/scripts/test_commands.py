@@ -321,6 +321,7 @@ def test_a_retraining_never_writes_over_its_own_base(project: Project) -> None:
         (["--split", "tset"], r"no split 'tset'; it has dev, test, train"),
         (["nowhere/best"], "model 'nowhere/best' was not found"),
         (["--depth", "0"], "--depth is 0; allowed: >= 1"),
+        (["--seed", "-1"], "--seed is -1; allowed: >= 0"),
         (["--metrics", "nDGC@10"], "unknown metric 'nDGC@10'; use an ir-measures name"),
         (["--run", "r.trec", "--judged"], "leave out --first-stage and --judged"),
         (["--run", "no.trec"], r"no file no\.trec"),
@@ -384,6 +385,7 @@ def test_mining_refuses_what_cannot_be(project: Project, tmp_path: Path) -> None
     for more, message in (
         (["--by", "cross-encoder"], "--by cross-encoder and --model MODEL go together"),
         (["--teacher-margin", 1], "--teacher-margin needs --teacher"),
+        (["--choose", "random", "--seed", -1], "--seed is -1; allowed: >= 0"),
         (["--max-score", -5], "no negative fits the rules"),
         (["--split", "nowhere"], "no split 'nowhere'"),
     ):

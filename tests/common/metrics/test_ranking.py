@@ -50,6 +50,12 @@ def test_an_unknown_metric_is_named() -> None:
         evaluate_run({"q": {"a": 1.0}}, {"q": {"a": 1}}, ("nDGC@10",))
 
 
+@pytest.mark.parametrize("metric", ["nDCG@0", "R@0", "R@99999999999"])
+def test_a_cutoff_that_cannot_be_is_refused(metric: str) -> None:
+    with pytest.raises(UserError, match=rf"metric '{metric}': the cutoff is \d+; allowed: .* >= 1"):
+        evaluate_run({"q": {"a": 1.0}}, {"q": {"a": 1}}, (metric,))
+
+
 def test_nan_scores_are_refused() -> None:
     with pytest.raises(UserError, match="query q: the score of passage b is NaN"):
         evaluate_run({"q": {"a": 1.0, "b": float(np.nan)}}, {"q": {"a": 1}})

@@ -1,5 +1,6 @@
 """BM25: small truths, and the published number on SciFact."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,9 @@ def test_scifact_reaches_the_published_bm25(data_dir: Path) -> None:
     qrels = data.split("test")
     run = bm25_run(data.corpus, {query: data.queries[query] for query in qrels}, depth=100)
     assert mean(evaluate_run(run, qrels, ("nDCG@10",))["nDCG@10"]) == pytest.approx(0.676, abs=0.003)
+
+
+def test_the_library_does_not_narrate(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        bm25_run({"1": "a cat", "2": "two dogs"}, {"q": "cat"}, depth=1)
+    assert not caplog.records
