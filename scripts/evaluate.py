@@ -50,7 +50,7 @@ class Args:
     max_queries: int | None = None
     """Only the first queries by id."""
     metrics: tuple[str, ...] = DEFAULT_METRICS
-    """ir-measures names; the first one is tested. R@k and Success@k beyond the depth are shown at the depth."""
+    """ir-measures names; the first one is tested. R@k and Success@k above the depth are shown at it."""
     encoder: str = "default"
     """Bi-encoder of the dense first stage; `none` leaves BM25 alone."""
     backend: Literal["auto", "jax", "mlx"] = "auto"
