@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from common.backends import checkpoint_identity
 from common.config import RerankerConfig, to_dict
 from common.data.pipeline import ListBatch
 from common.errors import UserError
@@ -36,7 +37,7 @@ from mlx_impl.loading import LoadedReranker, load_cross_encoder, save_cross_enco
 from mlx_impl.models.dropout import fold_in
 from mlx_impl.models.layers import Rngs
 from mlx_impl.models.lora import add_lora, trainable
-from mlx_impl.scoring import MlxEncoder, MlxScorer, default_dtype
+from mlx_impl.scoring import MlxEncoder, MlxOriginal, MlxScorer, default_dtype
 from mlx_impl.training.optimizer import learning_rate, make_optimizer
 from mlx_impl.training.state import StateFolder
 from mlx_impl.training.step import Batch, Moment, TrainState, make_step
@@ -54,17 +55,14 @@ class Trainer:
         say: Callable[[str], None] = print,
     ) -> None:
         self.config, self.prepared, self.folder, self.say = config, prepared, folder, say
-        if config.preserves:
-            raise UserError(
-                "retraining that preserves the original runs on JAX so far: add --backend jax, or set "
-                "--retrain.preserve-knowledge 0 and --retrain.resonance-alignment 0."
-            )
         train, data = config.train, config.data
         self.dtype = default_dtype(train.precision)
         directory = resolve_base(config, say=say)
         self.tokenizer = PairTokenizer(directory, data.max_query_tokens, data.max_passage_tokens)
         self.loaded = _load(config, directory, self.dtype)
-        self.plan = plan_batches(config, prepared, self.tokenizer, self._base_encoder(directory))
+        original = self._frozen(directory)
+        self._original = None if original is None else original.identity
+        self.plan = plan_batches(config, prepared, self.tokenizer, self._base_encoder(directory), original)
         self.steps = planned_steps(config, len(self.plan))
         self._report_start()
         model = self.loaded.model
@@ -87,6 +85,14 @@ class Trainer:
             return None
         return MlxEncoder(directory)
 
+    def _frozen(self, directory: Path) -> MlxOriginal | None:
+        """The base before any step, where the recipe preserves what it says."""
+        if not self.config.preserves:
+            return None
+        identity = checkpoint_identity(directory, str(self.dtype))
+        states = self.config.retrain.resonance_alignment > 0
+        return MlxOriginal(self.loaded.model, self.tokenizer, identity, states=states)
+
     def run(self) -> dict[str, Any]:
         """Train to the end; returns the summary that training.json holds. Raises UserError (see `errors`)."""
         with contextlib.closing(StateFolder(self.folder.state)) as states, interruptible() as stop:
@@ -103,8 +109,14 @@ class Trainer:
     def _restore(self, states: StateFolder) -> dict[str, Any]:
         if states.latest() is None:
             self.folder.rewind(-1)
-            return {"best": None, "best_step": None, "collapsed": 0, "waited": 0, "data": None}
+            begun: dict[str, Any] = {"best": None, "best_step": None, "collapsed": 0, "waited": 0}
+            return begun | {"data": None, "original": self._original}
         self.state, notes = states.load(self.state)
+        if notes.get("original") != self._original:
+            raise UserError(
+                f"model.base {self.config.model.base}: has changed since this run began, and the run "
+                "preserves what it was. Put it back to go on, or start over with --fresh."
+            )
         self.folder.rewind(int(self.state.step))
         self.say(f"resumed at step {int(self.state.step)} of {self.steps}")
         return notes
@@ -262,9 +274,10 @@ class Trainer:
     def _report_start(self) -> None:
         began = self.loaded.settings["start"]
         start = f"a run's checkpoint that began as {began}" if self.loaded.start == "resumed" else began
+        size, config = self.config.train.batch_size, self.config
+        beside = f" + {config.retrain.old_batch_size} old" if config.retrain.old_data else ""
         self.say(
-            f"start: {start}; {self.steps} steps of {self.config.train.batch_size} "
-            f"lists of {self.config.data.list_size}; "
+            f"start: {start}; {self.steps} steps of {size}{beside} lists of {config.data.list_size}; "
             f"{mx.default_device()}, {self.dtype}"
         )
         self.say(self.tokenizer.truncated)

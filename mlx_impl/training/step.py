@@ -18,6 +18,7 @@ from mlx.utils import tree_map
 
 from common.config import RerankerConfig
 from common.prepare import pairs_queries
+from mlx_impl.losses.preservation import preservation_loss, state_preservation_loss
 from mlx_impl.losses.quantum import (
     alignment_loss,
     entanglement_loss,
@@ -57,6 +58,9 @@ class Batch(NamedTuple):
     query_vectors: mx.array  # [B, D]
     passage_vectors: mx.array  # [B, L, D]
     teacher: mx.array  # [B, L]
+    original_scores: mx.array  # [B, L]
+    original_query: mx.array  # [B, L, 2, C]
+    original_passage: mx.array  # [B, L, 2, C]
 
 
 class Moment(NamedTuple):
@@ -131,10 +135,36 @@ def loss_terms(
             re, im = (x.reshape(*lists, -1) for x in state)  # [B, L, C]
             terms[f"alignment_{name}"] = alignment_loss(re, im, target, mx.zeros_like(target), *judged)
             weights[f"alignment_{name}"] = quantum.alignment_weight * (1.0 - moment.ramp)
+    if config.preserves:
+        preserved_terms, preserved_weights = _preservation_terms(config, scores, out, batch)
+        terms |= preserved_terms
+        weights |= preserved_weights
     terms["portable"] = portable_distillation(scores, portable, *judged)
     terms["entropy"] = superposition_entropy(scores, *judged, moment.temperature)
     weights |= {"portable": quantum.portable_weight, "entropy": 0.0}
     return terms, weights
+
+
+def _preservation_terms(
+    config: RerankerConfig, scores: mx.array, out: PairOutput, batch: Batch
+) -> tuple[Terms, dict[str, float | mx.array]]:
+    """How far scores and states have moved from the frozen original's, over labelled and unlabelled lists."""
+    retrain = config.retrain
+    terms: Terms = {}
+    if retrain.preserve_knowledge > 0:
+        terms["preserve"] = preservation_loss(scores, batch.original_scores, batch.mask)
+    if retrain.resonance_alignment > 0:
+        known = batch.mask & mx.isfinite(batch.original_scores)
+        for name, state, original in (
+            ("query", out.query, batch.original_query),
+            ("passage", out.passage, batch.original_passage),
+        ):
+            re, im = (x.reshape(*batch.mask.shape, -1) for x in state)  # [B, L, C]
+            fixed = original[..., 0, :], original[..., 1, :]  # [B, L, C]
+            terms[f"preserve_{name}"] = state_preservation_loss(re, im, *fixed, known)
+    weights: dict[str, float | mx.array] = {"preserve": retrain.preserve_knowledge}
+    weights |= dict.fromkeys(("preserve_query", "preserve_passage"), retrain.resonance_alignment)
+    return terms, {name: weights[name] for name in terms}
 
 
 def portable_distillation(scores: mx.array, portable: mx.array, labels: mx.array, mask: mx.array) -> Pair:
@@ -218,7 +248,8 @@ def denominators(config: RerankerConfig, micro: list[Batch]) -> dict[str, mx.arr
     totals: dict[str, mx.array] = {}
     for batch in micro:
         nothing = mx.zeros(batch.mask.size)
-        state = (mx.zeros((batch.mask.size, max(1, batch.query_vectors.shape[-1]))),) * 2
+        width = max(1, batch.query_vectors.shape[-1], batch.original_query.shape[-1])
+        state = (mx.zeros((batch.mask.size, width)),) * 2
         out = PairOutput(nothing, nothing, nothing, state, state)
         terms, _ = loss_terms(config, out, batch, Moment(1.0, 0.0, 0.0))
         totals = {name: totals.get(name, 0.0) + pair[1] for name, pair in terms.items()}
