@@ -32,8 +32,8 @@ from common.reranking import load_confidences
 from common.runs import RESULTS_FILE, RunFolder, environment, environment_line, finished_results
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    config, options = parse_command(__doc__ or "", argv)
+def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
+    config, options = parse_command(description or __doc__ or "", argv)
     data, old = load_data(config.data), load_old_data(config)
     recipe = to_dict(config)
     fingerprint = run_fingerprint(data, old)

@@ -43,6 +43,7 @@ from mlx_impl.losses.ranking import (
 )
 from mlx_impl.models.cross_encoder import CrossEncoder, PairOutput
 from mlx_impl.models.dropout import fold_in, row_keys
+from mlx_impl.training.distributed import World
 from mlx_impl.training.optimizer import global_norm
 
 
@@ -178,12 +179,15 @@ def portable_distillation(scores: mx.array, portable: mx.array, labels: mx.array
     return total(divergence, counted_candidates(labels, mask)), listwise_denominator(labels, mask)
 
 
-def make_step(config: RerankerConfig, state: TrainState, dropout_key: mx.array | None) -> Step:
+def make_step(
+    config: RerankerConfig, state: TrainState, dropout_key: mx.array | None, world: World | None = None
+) -> Step:
     """A compiled step: (batch, moment) -> mean of every term, loss and gradient norm; it changes `state`.
 
-    Dropout depends on `dropout_key`, the step number and the global row.
+    Dropout depends on `dropout_key`, the step number and the global row. Each process of `world` is given the
+    whole batch and encodes its share.
     """
-    model, optimizer = state.model, state.optimizer
+    model, optimizer, world = state.model, state.optimizer, world or World()
     parts = config.train.micro_batches
     optimizer.init(model.trainable_parameters())  # `captured` must hold all there will be
     captured = state.arrays()
@@ -192,7 +196,9 @@ def make_step(config: RerankerConfig, state: TrainState, dropout_key: mx.array |
         batch: Batch, moment: Moment, keys: mx.array | None, scale: dict[str, Any]
     ) -> tuple[mx.array, Terms]:
         rows = batch.mask.size
-        out = model(batch.input_ids.reshape(rows, -1), batch.sides.reshape(rows, -1), keys)
+        own = world.share(rows)
+        ids, sides = (x.reshape(rows, -1)[own] for x in (batch.input_ids, batch.sides))
+        out = world.gathered(model(ids, sides, None if keys is None else keys[own]))
         terms, weights = loss_terms(config, out, batch, moment)
         loss = sum(weights[name] * terms[name][0] * scale[name] for name in terms)
         return loss, terms
@@ -227,7 +233,7 @@ def make_step(config: RerankerConfig, state: TrainState, dropout_key: mx.array |
             found = result if found is None else tree_map(mx.add, found, result)
             mx.eval(found)  # one part's activations at a time
         loss, sums, gradients = found
-        norm = update(gradients)
+        norm = update(world.summed(gradients))
         mx.eval(captured, norm)
         logged = {name: value * scale[name] for name, value in sums.items()}
         return logged | {"loss": loss, "gradient_norm": norm}

@@ -206,3 +206,12 @@ def test_more_tokens_than_positions_are_refused(backend: Backend, tmp_path: Path
     ids, mask = backend.array(np.zeros((1, 65), np.int32)), backend.array(np.ones((1, 65), bool))
     with pytest.raises(UserError, match="padded to 65 tokens, but this model has positions for 64: lower"):
         model(ids, mask)
+
+
+def test_a_token_beyond_the_vocabulary_is_nan_and_not_another_row(twins: Twins, tmp_path: Path) -> None:
+    models = cross_encoders(twins, write_base(tmp_path / "base"))
+    sides = np.array([[1, 1, 2, 0]] * 2, np.int32)
+    ids = np.array([[5, 6, 7, 0], [5, 6, len(VOCABULARY), 0]], np.int32)
+    for backend, model in zip(twins, models, strict=True):
+        (score,) = backend.values(lambda *x, m=model: [m(*x).score])(ids, sides)
+        assert np.isfinite(score[0]) and np.isnan(score[1])
