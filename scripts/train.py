@@ -14,7 +14,7 @@ from pathlib import Path
 from common.analysis import analyse, write_analysis
 from common.analysis_view import analysis_tables
 from common.backends import load_encoder, load_scorer, load_trainer
-from common.config import RerankerConfig, parse_command, to_dict
+from common.config import RerankerConfig, RunOptions, parse_command, to_dict
 from common.errors import UserError, run_command
 from common.evaluation import evaluate_recipe
 from common.prepare import (
@@ -33,7 +33,7 @@ from common.runs import RESULTS_FILE, RunFolder, environment, environment_line, 
 
 
 def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
-    config, options = parse_command(description or __doc__ or "", argv)
+    config, options = parse_command(description or __doc__ or "", argv, RunOptions)
     data, old = load_data(config.data), load_old_data(config)
     recipe = to_dict(config)
     fingerprint = run_fingerprint(data, old)

@@ -65,7 +65,7 @@ class World:
         if self.size == 1:
             return value
         text = np.frombuffer(json.dumps(value if self.leader else None).encode(), np.uint8)
-        length = int(self._sum(mx.array(len(text) if self.leader else 0)).item())
+        length = int(np.array(self._sum(mx.array(len(text) if self.leader else 0))))
         sent = mx.array(text.astype(np.int32)) if self.leader else mx.zeros(length, mx.int32)
         return json.loads(np.array(self._sum(sent)).astype(np.uint8).tobytes())
 

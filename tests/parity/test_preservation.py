@@ -19,7 +19,7 @@ def numbers(pair: object) -> np.ndarray:
 
 
 def test_preserved_lists_and_their_gradient(backend: Backend, seed: int) -> None:
-    rng = np.random.default_rng(seed)
+    rng, pair = np.random.default_rng(seed), f"{backend.name} with float64 reference"
     ours = backend.module("losses.preservation").preservation_loss
     value_of, gradients_of = backend.values(ours), backend.gradients(ours)
     for _ in range(CASES):
@@ -30,10 +30,10 @@ def test_preserved_lists_and_their_gradient(backend: Backend, seed: int) -> None
             inputs = case.scores, known, case.mask
             expected = numbers(reference.preservation_loss(*inputs))
             assert expected[1] > 3 and expected[0] > 0
-            check(f"{backend.name} preserve", numbers(value_of(*inputs)), expected, LOSS_TOLERANCE)
+            check("preservation losses, lists", pair, numbers(value_of(*inputs)), expected, LOSS_TOLERANCE)
             (numerator,), (denominator,) = gradients_of(*inputs)
             by_hand = reference.preservation_loss_gradient(*inputs)
-            check(f"{backend.name} preserve gradient", numerator, by_hand, LOSS_TOLERANCE)
+            check("preservation losses, lists gradient", pair, numerator, by_hand, LOSS_TOLERANCE)
             assert not denominator.any()
             padded = np.where(case.mask, case.scores, 0.0)  # far from 1e4, where differences are exact
             measured = numeric_gradient(
@@ -44,7 +44,7 @@ def test_preserved_lists_and_their_gradient(backend: Backend, seed: int) -> None
 
 
 def test_preserved_states_and_their_gradient(backend: Backend, seed: int) -> None:
-    rng = np.random.default_rng(seed)
+    rng, pair = np.random.default_rng(seed), f"{backend.name} with float64 reference"
     ours = backend.module("losses.preservation").state_preservation_loss
     for _ in range(CASES):
         case = random_lists(int(rng.integers(2**32)), width=3)
@@ -53,11 +53,11 @@ def test_preserved_states_and_their_gradient(backend: Backend, seed: int) -> Non
         inputs: tuple[Any, ...] = (*states, *targets, case.mask)
         expected = numbers(reference.state_preservation_loss(*inputs))
         found = numbers(backend.values(ours)(*inputs))
-        check(f"{backend.name} preserve states", found, expected, LOSS_TOLERANCE)
+        check("preservation losses, states", pair, found, expected, LOSS_TOLERANCE)
         gradient, _ = backend.gradients(ours, (0, 1))(*inputs)
         by_hand = reference.state_preservation_loss_gradient(*targets, case.mask)
         for side, wanted in zip(gradient, by_hand, strict=True):
-            check(f"{backend.name} preserve states gradient", side, wanted, LOSS_TOLERANCE)
+            check("preservation losses, states gradient", pair, side, wanted, LOSS_TOLERANCE)
         for place in (0, 1):
 
             def numerator(

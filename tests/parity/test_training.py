@@ -171,7 +171,7 @@ def compare_trajectories(what: str, made: list[Run], rng: np.random.Generator) -
         logged = [run.step(fields, now) for run in made]
         assert logged[0].keys() == logged[1].keys()
         values = [np.array([log[name] for name in logged[0]]) for log in logged]
-        check(f"{what}, terms of step {step}", *values, LOSS_TOLERANCE)
+        check(f"{what}, terms of step {step}", "jax with mlx", *values, LOSS_TOLERANCE)
     after = [
         {
             name: x
@@ -180,10 +180,10 @@ def compare_trajectories(what: str, made: list[Run], rng: np.random.Generator) -
         }
         for run in made
     ]
-    check_all(f"{what}, parameters after {STEPS} steps", *after, LOSS_TOLERANCE)
+    check_all(f"{what}, parameters", "jax with mlx", *after, LOSS_TOLERANCE)
     fields = random_batch(rng, 32)
     for number, values in enumerate(zip(*(run.outputs(fields) for run in made), strict=True)):
-        check(f"{what}, output {number} after {STEPS} steps", *values, LOSS_TOLERANCE)
+        check(f"{what}, output {number} after", "jax with mlx", *values, LOSS_TOLERANCE)
     moved = {name: parity_error(x, before[name]) for name, x in after[0].items()}
     assert sum(change > 1e-4 for change in moved.values()) > len(moved) / 2
 
@@ -198,14 +198,14 @@ def test_ten_steps_end_in_the_same_parameters_and_outputs(
     world: World, runs: Any, name: str, seed: int
 ) -> None:
     made = runs(world, recipe(world, name), seed)
-    compare_trajectories(name, made, np.random.default_rng(seed))
+    compare_trajectories(f"ten AdamW steps of {name}", made, np.random.default_rng(seed))
 
 
 @pytest.mark.slow
 def test_ten_steps_under_dropout_are_the_same_too(world: World, runs: Any, seed: int) -> None:
     config = recipe(world, "resonance", hidden_dropout=0.1, attention_dropout=0.1)
     made = runs(world, config, seed)
-    compare_trajectories("resonance under dropout", made, np.random.default_rng(seed))
+    compare_trajectories("ten AdamW steps under dropout", made, np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
@@ -216,7 +216,7 @@ def test_rates_are_the_same_at_every_step(twins: Twins, schedule: Any, steps: in
     for backend in twins:
         rate = backend.module("training.optimizer").learning_rate(config, steps)
         rates.append([float(rate(step)) for step in range(steps + 2)])
-    check(f"{schedule} rate", *rates, 1e-6)
+    check(f"learning rates, {schedule}", "jax with mlx", *rates, 1e-6)
     assert max(rates[0]) == pytest.approx(0.5)
 
 
