@@ -20,8 +20,8 @@ from tests.tiny import VOCABULARY, write_base
 
 Twins = tuple[Jax, Mlx]
 Results = tuple[list[np.ndarray], dict[str, np.ndarray]]
-# 13 times the rounding of a bfloat16, 2^-8: the two round at other places, layer after layer
-BFLOAT16_TOLERANCE = 5e-2
+# 25 times the rounding of a bfloat16, 2^-8: the two round at other places, layer after layer
+BFLOAT16_TOLERANCE = 1e-1
 ACTIVATIONS = ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
 
 
@@ -193,6 +193,7 @@ def test_bfloat16_agrees_with_its_twin_to_a_few_roundings(twins: Twins, seed: in
         b.module("loading").load_cross_encoder(tmp_path / "base", ModelConfig(), dtype=dtype).model
         for b, dtype in zip(twins, dtypes, strict=True)
     ]
+    randomise(twins, models, seed)
     results = [
         b.results(m, lambda *x, b=b: pair_outputs(b, *x), seed, case.input_ids, case.sides)
         for b, m in zip(twins, models, strict=True)
