@@ -30,7 +30,7 @@ test: lint types  ## lint, format, types and the fast tests; no network once ins
 test-all: lint types peers  ## the same with the slow tests and those against torch
 	$(OFFLINE) $(VENV)/bin/python -m pytest -m 'not network and not gpu and not apple' $(ARGS)
 
-test-apple: $(VENV)/.dev  ## what only a Mac can run: Metal beside the CPU, the Mac user's command
+test-apple: $(VENV)/.peers  ## what only a Mac can run: Metal beside the CPU, the Mac user's command
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -m apple $(ARGS)
 
 parity: $(VENV)/.peers  ## JAX, MLX, the reference and transformers on fresh random cases: one table
