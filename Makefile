@@ -7,12 +7,16 @@ NEWEST := for p in python3.12 python3.11 python3; do \
 PYTHON ?= $(shell $(NEWEST))
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 PINNED := $(PIP) install -c constraints.txt
+# MLX's Linux wheel carries a slow BLAS: Debian's OpenBLAS is preloaded where it is (apt install libopenblas0-pthread)
+OPENBLAS ?= $(firstword $(wildcard /usr/lib/*-linux-gnu/openblas-pthread/libblas.so.3))
+FAST := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
 # for every test and check: no GPU, no hub
-OFFLINE := JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
+OFFLINE := JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 $(FAST)
 CONFIG ?= configs/quantum_resonance.py
-BENCHMARKS ?= benchmarks/reranker_training.py
+BENCHMARKS ?= benchmarks/reranker_training.py benchmarks/mlx_vs_jax.py
+PARITY := tests/parity tests/mlx_impl/training/test_distributed.py
 
-.PHONY: help train test test-all peers lint format types bench clean
+.PHONY: help train test test-all test-apple parity peers lint format types bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -25,6 +29,12 @@ test: lint types  ## lint, format, types and the fast tests; no network once ins
 
 test-all: lint types peers  ## the same with the slow tests and those against torch
 	$(OFFLINE) $(VENV)/bin/python -m pytest -m 'not network and not gpu and not apple' $(ARGS)
+
+test-apple: $(VENV)/.peers  ## what only a Mac can run: Metal beside the CPU, the Mac user's command
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -m apple $(ARGS)
+
+parity: $(VENV)/.peers  ## JAX, MLX, the reference and transformers on fresh random cases: one table
+	$(OFFLINE) $(VENV)/bin/python -m pytest $(PARITY) -m 'not network and not gpu and not apple' --parity-table $(ARGS)
 
 peers: $(VENV)/.peers  ## torch and sentence-transformers, for comparisons
 
@@ -40,7 +50,7 @@ types: $(VENV)/.dev  ## mypy, strict on common and both backends
 	$(VENV)/bin/mypy
 
 bench: $(VENV)/.peers  ## each benchmark beside its peer; results in benchmarks/results
-	set -e; for b in $(BENCHMARKS); do $(VENV)/bin/python $$b $(ARGS); done
+	set -e; for b in $(BENCHMARKS); do $(FAST) $(VENV)/bin/python $$b $(ARGS); done
 
 clean:  ## caches, builds and .venv; runs and data stay
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from common.checkpoint import read_json
 from common.errors import UserError
 
 if TYPE_CHECKING:
@@ -84,6 +85,9 @@ class PairTokenizer:
         self._pair_template = _template(self._tokenizer, pair=True)
         self._text_template = _template(self._tokenizer, pair=False)
         self.pad_id = self._find_pad_id()
+        config = self.directory / "config.json"
+        self._vocabulary = read_json(config).get("vocab_size") if config.exists() else None
+        self._check_ids(np.concatenate((*self._pair_template, [self.pad_id])))
 
     @property
     def max_pair_length(self) -> int:
@@ -190,7 +194,19 @@ class PairTokenizer:
             ids = encoding.ids
             content = np.asarray(ids[:limit], np.int32)
             known[text] = (np.concatenate((before, content, after)), len(ids) > limit)
+        self._check_ids(np.concatenate([_NO_IDS, *(ids for ids, _ in known.values())]))
         return [known[text][0] for text in texts], np.asarray([known[text][1] for text in texts], bool)
+
+    def _check_ids(self, ids: np.ndarray) -> None:
+        """UserError for a token that the model has no row for: looked up all the same, it is garbage."""
+        if self._vocabulary is None or not len(ids) or ids.max() < self._vocabulary:
+            return
+        worst = int(ids.max())
+        raise UserError(
+            f"{self.directory}: its tokenizer gives {self._tokenizer.id_to_token(worst)!r} the id {worst}, "
+            f"but the model has rows for ids 0 to {self._vocabulary - 1} (vocab_size in config.json). Put "
+            "the tokenizer that the model was trained with beside it."
+        )
 
     def _find_pad_id(self) -> int:
         named = self._settings.get("pad_token")

@@ -100,6 +100,24 @@ class MlxEncoder:
         return run_batched(encodeds, self.tokenizer.pad, self._call, limit=self._positions)[0]
 
 
+class MlxOriginal:
+    """The frozen reranker that a retraining preserves (common.data.original); `states` asks for those too.
+
+    It reads the model as it is when asked, which is before the first step.
+    """
+
+    def __init__(self, model: CrossEncoder, tokenizer: PairTokenizer, identity: str, *, states: bool) -> None:
+        self.identity = f"{identity}{'-states' if states else ''}"
+        self._tokenizer, self._positions = tokenizer, model.encoder.config.positions
+        self._call = mx.compile(functools.partial(_outputs, model, states), inputs=model.state)
+
+    def outputs(
+        self, encodeds: Sequence[Encoded], on_batch: Callable[[int], None] | None = None
+    ) -> np.ndarray:
+        """float32 [N, 1 + 4C]: the full score, then query re and im, passage re and im (none: [N, 1])."""
+        return run_batched(encodeds, self._tokenizer.pad, self._call, on_batch, limit=self._positions)[0]
+
+
 class MlxScorer:
     """A reranker: pairs of texts in, scores out. `fusion_weight` is the first stage's, chosen on dev."""
 
@@ -173,3 +191,9 @@ def _score(model: CrossEncoder, ids: mx.array, sides: mx.array) -> tuple[mx.arra
     out = model(ids, sides)
     overlap, coherence = fidelity_factors(out.query, out.passage)
     return out.score, out.portable, out.resonance, overlap, coherence
+
+
+def _outputs(model: CrossEncoder, states: bool, ids: mx.array, sides: mx.array) -> mx.array:
+    out = model(ids, sides)
+    parts = (*out.query, *out.passage) if states else ()
+    return mx.concatenate([out.score[:, None], *parts], axis=1)  # [N, 1 + 4C]

@@ -17,8 +17,8 @@ from common.report import tables_text
 from common.workflow import train_recipe
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    config, options = parse_command(__doc__ or "", argv)
+def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
+    config, options = parse_command(description or __doc__ or "", argv)
     trained = train_recipe(config, options)
     if trained.finished_before:
         print(tables_text(trained.tables))

@@ -14,15 +14,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Files of one tree alone.
-JAX_ONLY_FILES = {
-    "losses/preservation.py",  # of retraining, as below
-}
+JAX_ONLY_FILES: set[str] = set()
 MLX_ONLY_FILES = {
     "models/layers.py",  # what flax.nnx brings: seeded layers with a computation dtype
+    "train.py",  # the command of the Mac user
+    "training/distributed.py",  # processes, where JAX has meshes
 }
 # JAX's name -> MLX's, where the frameworks have words of their own.
 RENAMED = {
     "JaxEncoder": "MlxEncoder",
+    "JaxOriginal": "MlxOriginal",
     "JaxScorer": "MlxScorer",
     "LoRALinear.kernel": "LoRALinear.weight",  # MLX stores weights as checkpoints do, and calls them so
 }
@@ -30,16 +31,7 @@ RENAMED = {
 JAX_ONLY = {
     "models/bert.py: product",  # a gradient written for XLA's CPU; in MLX `@`
     "models/modernbert.py: layer_norm(rngs)",  # NNX asks for keys where nothing is drawn
-    "training/loop.py: Trainer.mesh",  # one device holds a Mac's arrays
-    # retraining that preserves the original runs on JAX so far; MLX's loop refuses it
-    "scoring.py: JaxOriginal",
-    "scoring.py: JaxOriginal.identity",
-    "scoring.py: JaxOriginal.outputs",
-    "scoring.py: JaxOriginal.outputs(encodeds)",
-    "scoring.py: JaxOriginal.outputs(on_batch)",
-    "training/step.py: Batch.original_scores",
-    "training/step.py: Batch.original_query",
-    "training/step.py: Batch.original_passage",
+    "training/loop.py: Trainer.mesh",  # in MLX Trainer.world
     # JAX's step is a pure function of a state; MLX's changes the model and the optimizer it was made for
     "training/step.py: TrainState.learned",
     "training/step.py: TrainState.fixed",
@@ -54,6 +46,8 @@ MLX_ONLY = {
     "training/step.py: TrainState.model",  # as above
     "training/step.py: TrainState.arrays",
     "training/step.py: make_step(state)",
+    "training/step.py: make_step(world)",  # in JAX `placed`
+    "training/loop.py: Trainer.world",  # in JAX Trainer.mesh
 }
 
 

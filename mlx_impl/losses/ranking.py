@@ -136,8 +136,10 @@ def plistmle(scores: mx.array, labels: mx.array, mask: mx.array) -> Pair:
     order = mx.argsort(mx.where(mask, -labels.astype(mx.float32), mx.inf), axis=1)  # [B, L]
     real = mx.take_along_axis(mask, order, axis=1)
     sorted_scores = mx.take_along_axis(mx.where(mask, scores.astype(mx.float32), -1e30), order, axis=1)
-    rest = mx.logcumsumexp(sorted_scores, axis=1, reverse=True)  # [B, L] log of the sum from i on
-    left = mx.sum(real, axis=1, keepdims=True) - 1 - mx.arange(labels.shape[1])  # [B, L] n - i
+    place = mx.arange(labels.shape[1])  # not logcumsumexp: its gradient is good to 1e-5 only
+    ahead = mx.where(place >= place[:, None], sorted_scores[:, None], -1e30)  # [B, L, L]
+    rest = mx.logsumexp(ahead, axis=-1)  # [B, L] log of the sum from i on
+    left = mx.sum(real, axis=1, keepdims=True) - 1 - place  # [B, L] n - i
     weights = mx.where(real, 2.0 ** mx.maximum(left, 0) - 1.0, 0.0)
     sums = mx.sum(weights, axis=1, keepdims=True)
     weights = weights / mx.where(sums > 0, sums, 1.0)

@@ -48,7 +48,7 @@ class Linear(nn.Linear):
 
 
 class Embed(nn.Embedding):
-    """Rows of a table, integers [...] -> [..., features] in `dtype`."""
+    """Rows of a table, integers [...] -> [..., features] in `dtype`; NaN beyond the table, as in JAX."""
 
     def __init__(
         self, num_embeddings: int, features: int, *, dtype: mx.Dtype = mx.float32, rngs: Rngs
@@ -58,7 +58,8 @@ class Embed(nn.Embedding):
         self.weight = mx.random.normal((num_embeddings, features), key=rngs.params()) / math.sqrt(features)
 
     def __call__(self, ids: mx.array) -> mx.array:
-        return self.weight[ids].astype(self.dtype)
+        known = (ids < self.num_embeddings)[..., None]
+        return mx.where(known, self.weight[ids], mx.nan).astype(self.dtype)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from common.backends import checkpoint_identity
 from common.config import RerankerConfig, to_dict
 from common.data.pipeline import ListBatch
 from common.errors import UserError
@@ -37,7 +38,8 @@ from mlx_impl.loading import LoadedReranker, load_cross_encoder, save_cross_enco
 from mlx_impl.models.dropout import fold_in
 from mlx_impl.models.layers import Rngs
 from mlx_impl.models.lora import add_lora, trainable
-from mlx_impl.scoring import MlxEncoder, MlxScorer, default_dtype
+from mlx_impl.scoring import MlxEncoder, MlxOriginal, MlxScorer, default_dtype
+from mlx_impl.training.distributed import World
 from mlx_impl.training.optimizer import learning_rate, make_optimizer
 from mlx_impl.training.state import StateFolder
 from mlx_impl.training.step import Batch, Moment, TrainState, make_step
@@ -55,29 +57,44 @@ class Trainer:
         say: Callable[[str], None] = print,
     ) -> None:
         self.config, self.prepared, self.folder, self.say = config, prepared, folder, say
-        if config.preserves:
-            raise UserError(
-                "retraining that preserves the original runs on JAX so far: add --backend jax, or set "
-                "--retrain.preserve-knowledge 0 and --retrain.resonance-alignment 0."
-            )
         train, data = config.train, config.data
         self.dtype = default_dtype(train.precision)
         directory = resolve_base(config, say=say)
         self.tokenizer = PairTokenizer(directory, data.max_query_tokens, data.max_passage_tokens)
         self.loaded = _load(config, directory, self.dtype)
         check_model(config, self.loaded.config["model_type"], self.loaded.settings["head"])
-        self.plan = plan_batches(config, prepared, self.tokenizer, self._base_encoder(directory))
+        original = self._frozen(directory)
+        self._original = None if original is None else original.identity
+        self.plan = plan_batches(config, prepared, self.tokenizer, self._base_encoder(directory), original)
         self.steps = planned_steps(config, len(self.plan))
+        self.world = World()
+        self._meet(directory)
         self._report_start()
         model = self.loaded.model
         _freeze(model, _learns(config))
         key = fold_in(mx.random.key(train.seed), 1)
         dropout = train.hidden_dropout > 0 or train.attention_dropout > 0
         self.state = TrainState(model, make_optimizer(train, self.steps))
-        self._step = make_step(config, self.state, key if dropout else None)
+        self._step = make_step(config, self.state, key if dropout else None, self.world)
         self.dev = DevSet(config, prepared, self.tokenizer)
         self._last: tuple[int, DevResult] | None = None
         self._scorer = MlxScorer(self.loaded.model, self.tokenizer, name="dev")
+
+    def _meet(self, directory: Path) -> None:
+        """See that the processes can share a step, and that all begin with the same."""
+        config, size = self.config, self.world.size
+        if config.lists_per_step // config.train.micro_batches % size:
+            beside = " + retrain.old_batch_size" if config.retrain.old_data else ""
+            raise UserError(
+                f"train.batch_size{beside} {config.lists_per_step} / micro_batches "
+                f"{config.train.micro_batches} does not divide over {size} devices; choose a multiple."
+            )
+        if size == 1:
+            return
+        old = None if self.prepared.old is None else len(self.prepared.old)
+        data = [self.prepared.data.fingerprint, len(self.prepared.training), old]
+        base, here = checkpoint_identity(directory), environment()
+        self.world.agree([to_dict(config), data, base, here["git_commit"], here["versions"].get("mlx")])
 
     def _base_encoder(self, directory: Path) -> MlxEncoder | None:
         """The base as it was, where the recipe holds the states to its own."""
@@ -89,10 +106,20 @@ class Trainer:
             return None
         return MlxEncoder(directory)
 
+    def _frozen(self, directory: Path) -> MlxOriginal | None:
+        """The base before any step, where the recipe preserves what it says."""
+        if not self.config.preserves:
+            return None
+        identity = checkpoint_identity(directory, str(self.dtype))
+        states = self.config.retrain.resonance_alignment > 0
+        return MlxOriginal(self.loaded.model, self.tokenizer, identity, states=states)
+
     def run(self) -> dict[str, Any]:
         """Train to the end; returns the summary that training.json holds. Raises UserError (see `errors`)."""
         with contextlib.closing(StateFolder(self.folder.state)) as states, interruptible() as stop:
-            notes = self._restore(states)
+            notes = self.world.from_leader(self._restore(states) if self.world.leader else None)
+            for tree in self.state.arrays():
+                self.world.fill_from_leader(tree)
             if not notes.get("stopped"):
                 with explained(self.config):
                     self._train(states, notes, stop)
@@ -105,8 +132,14 @@ class Trainer:
     def _restore(self, states: StateFolder) -> dict[str, Any]:
         if states.latest() is None:
             self.folder.rewind(-1)
-            return {"best": None, "best_step": None, "collapsed": 0, "waited": 0, "data": None}
+            begun: dict[str, Any] = {"best": None, "best_step": None, "collapsed": 0, "waited": 0}
+            return begun | {"data": None, "original": self._original}
         self.state, notes = states.load(self.state)
+        if notes.get("original") != self._original:
+            raise UserError(
+                f"model.base {self.config.model.base}: has changed since this run began, and the run "
+                "preserves what it was. Put it back to go on, or start over with --fresh."
+            )
         self.folder.rewind(int(self.state.step))
         self.say(f"resumed at step {int(self.state.step)} of {self.steps}")
         return notes
@@ -118,19 +151,24 @@ class Trainer:
         if notes["data"] is not None:
             batches.set_state(notes["data"])
         evaluate_at = {round(self.steps * (i + 1) / train.evaluations) for i in range(train.evaluations)}
-        if first == 0:
+        leader = self.world.leader
+        if first == 0 and leader:
             self._evaluate(0, notes)
+        self.world.any(False)  # nobody waits for the leader inside a step
         step = first
         with progress(self.steps, "training", start=first) as bar:
             for step in range(first + 1, self.steps + 1):
                 logged = self._one_step(step, next(batches))
                 if step % LOG_EVERY == 0 or step in (1, self.steps) or step in evaluate_at:
                     bar.update(step, self._log(step, logged))
-                if step in evaluate_at and self._evaluate(step, notes):
+                early = step in evaluate_at and leader and self._evaluate(step, notes)
+                if step in evaluate_at and self.world.any(early):
                     stop[0] = notes["stopped"] = True
+                stop[0] = self.world.any(stop[0])
                 if step % train.checkpoint_every == 0 or step == self.steps or stop[0]:
                     self._log_finite(step, logged)
-                    states.save(self.state, notes | {"data": batches.get_state()})
+                    if leader:
+                        states.save(self.state, notes | {"data": batches.get_state()})
                 if stop[0]:
                     break
         if stop[0] and not notes.get("stopped"):
@@ -220,9 +258,10 @@ class Trainer:
     def _finish(self, notes: dict[str, Any]) -> dict[str, Any]:
         """Write final/, the last parameters; best/ holds those with the best dev metric."""
         step = int(self.state.step)
-        if self._last is None or self._last[0] != step:
-            self._last = (step, self.dev.evaluate(self._scorer_now()))
-        self._save(self.folder.final, step, self._last[1])
+        if self.world.leader:
+            if self._last is None or self._last[0] != step:
+                self._last = (step, self.dev.evaluate(self._scorer_now()))
+            self._save(self.folder.final, step, self._last[1])
         return {"steps": step, "best_step": notes["best_step"], "best_dev": notes["best"]}
 
     def _scorer_now(self) -> MlxScorer:
@@ -266,10 +305,11 @@ class Trainer:
     def _report_start(self) -> None:
         began = self.loaded.settings["start"]
         start = f"a run's checkpoint that began as {began}" if self.loaded.start == "resumed" else began
+        size, config = self.config.train.batch_size, self.config
+        beside = f" + {config.retrain.old_batch_size} old" if config.retrain.old_data else ""
         self.say(
-            f"start: {start}; {self.steps} steps of {self.config.train.batch_size} "
-            f"lists of {self.config.data.list_size}; "
-            f"{mx.default_device()}, {self.dtype}"
+            f"start: {start}; {self.steps} steps of {size}{beside} lists of {config.data.list_size}; "
+            f"{self.world.size} x {mx.default_device()}, {self.dtype}"
         )
         self.say(self.tokenizer.truncated)
 

@@ -18,6 +18,7 @@ from mlx.utils import tree_map
 
 from common.config import RerankerConfig
 from common.prepare import pairs_queries
+from mlx_impl.losses.preservation import preservation_loss, state_preservation_loss
 from mlx_impl.losses.quantum import (
     alignment_loss,
     entanglement_loss,
@@ -42,6 +43,7 @@ from mlx_impl.losses.ranking import (
 )
 from mlx_impl.models.cross_encoder import CrossEncoder, PairOutput
 from mlx_impl.models.dropout import fold_in, row_keys
+from mlx_impl.training.distributed import World
 from mlx_impl.training.optimizer import global_norm
 
 
@@ -57,6 +59,9 @@ class Batch(NamedTuple):
     query_vectors: mx.array  # [B, D]
     passage_vectors: mx.array  # [B, L, D]
     teacher: mx.array  # [B, L]
+    original_scores: mx.array  # [B, L]
+    original_query: mx.array  # [B, L, 2, C]
+    original_passage: mx.array  # [B, L, 2, C]
 
 
 class Moment(NamedTuple):
@@ -132,10 +137,36 @@ def loss_terms(
             re, im = (x.reshape(*lists, -1) for x in state)  # [B, L, C]
             terms[f"alignment_{name}"] = alignment_loss(re, im, target, mx.zeros_like(target), *judged)
             weights[f"alignment_{name}"] = quantum.alignment_weight * (1.0 - moment.ramp)
+    if config.preserves:
+        preserved_terms, preserved_weights = _preservation_terms(config, scores, out, batch)
+        terms |= preserved_terms
+        weights |= preserved_weights
     terms["portable"] = portable_distillation(scores, portable, *judged)
     terms["entropy"] = superposition_entropy(scores, *judged, moment.temperature)
     weights |= {"portable": quantum.portable_weight, "entropy": 0.0}
     return terms, weights
+
+
+def _preservation_terms(
+    config: RerankerConfig, scores: mx.array, out: PairOutput, batch: Batch
+) -> tuple[Terms, dict[str, float | mx.array]]:
+    """How far scores and states have moved from the frozen original's, over labelled and unlabelled lists."""
+    retrain = config.retrain
+    terms: Terms = {}
+    if retrain.preserve_knowledge > 0:
+        terms["preserve"] = preservation_loss(scores, batch.original_scores, batch.mask)
+    if retrain.resonance_alignment > 0:
+        known = batch.mask & mx.isfinite(batch.original_scores)
+        for name, state, original in (
+            ("query", out.query, batch.original_query),
+            ("passage", out.passage, batch.original_passage),
+        ):
+            re, im = (x.reshape(*batch.mask.shape, -1) for x in state)  # [B, L, C]
+            fixed = original[..., 0, :], original[..., 1, :]  # [B, L, C]
+            terms[f"preserve_{name}"] = state_preservation_loss(re, im, *fixed, known)
+    weights: dict[str, float | mx.array] = {"preserve": retrain.preserve_knowledge}
+    weights |= dict.fromkeys(("preserve_query", "preserve_passage"), retrain.resonance_alignment)
+    return terms, {name: weights[name] for name in terms}
 
 
 def portable_distillation(scores: mx.array, portable: mx.array, labels: mx.array, mask: mx.array) -> Pair:
@@ -149,12 +180,15 @@ def portable_distillation(scores: mx.array, portable: mx.array, labels: mx.array
     return total(divergence, counted_candidates(labels, mask)), listwise_denominator(labels, mask)
 
 
-def make_step(config: RerankerConfig, state: TrainState, dropout_key: mx.array | None) -> Step:
+def make_step(
+    config: RerankerConfig, state: TrainState, dropout_key: mx.array | None, world: World | None = None
+) -> Step:
     """A compiled step: (batch, moment) -> mean of every term, loss and gradient norm; it changes `state`.
 
-    Dropout depends on `dropout_key`, the step number and the global row.
+    Dropout depends on `dropout_key`, the step number and the global row. Each process of `world` is given the
+    whole batch and encodes its share.
     """
-    model, optimizer = state.model, state.optimizer
+    model, optimizer, world = state.model, state.optimizer, world or World()
     parts = config.train.micro_batches
     optimizer.init(model.trainable_parameters())  # `captured` must hold all there will be
     captured = state.arrays()
@@ -164,7 +198,9 @@ def make_step(config: RerankerConfig, state: TrainState, dropout_key: mx.array |
     ) -> tuple[mx.array, Terms]:
         rows = batch.mask.size
         openness = moment.openness if config.train.separable_start else None
-        out = model(batch.input_ids.reshape(rows, -1), batch.sides.reshape(rows, -1), keys, openness)
+        own = world.share(rows)
+        ids, sides = (x.reshape(rows, -1)[own] for x in (batch.input_ids, batch.sides))
+        out = world.gathered(model(ids, sides, None if keys is None else keys[own], openness))
         terms, weights = loss_terms(config, out, batch, moment)
         loss = sum(weights[name] * terms[name][0] * scale[name] for name in terms)
         return loss, terms
@@ -199,7 +235,7 @@ def make_step(config: RerankerConfig, state: TrainState, dropout_key: mx.array |
             found = result if found is None else tree_map(mx.add, found, result)
             mx.eval(found)  # one part's activations at a time
         loss, sums, gradients = found
-        norm = update(gradients)
+        norm = update(world.summed(gradients))
         mx.eval(captured, norm)
         logged = {name: value * scale[name] for name, value in sums.items()}
         return logged | {"loss": loss, "gradient_norm": norm}
@@ -220,7 +256,8 @@ def denominators(config: RerankerConfig, micro: list[Batch]) -> dict[str, mx.arr
     totals: dict[str, mx.array] = {}
     for batch in micro:
         nothing = mx.zeros(batch.mask.size)
-        state = (mx.zeros((batch.mask.size, max(1, batch.query_vectors.shape[-1]))),) * 2
+        width = max(1, batch.query_vectors.shape[-1], batch.original_query.shape[-1])
+        state = (mx.zeros((batch.mask.size, width)),) * 2
         out = PairOutput(nothing, nothing, nothing, state, state)
         terms, _ = loss_terms(config, out, batch, Moment(1.0, 0.0, 0.0))
         totals = {name: totals.get(name, 0.0) + pair[1] for name, pair in terms.items()}

@@ -162,6 +162,15 @@ def test_a_directory_without_a_readable_tokenizer_is_a_user_error(tmp_path: Path
         PairTokenizer(tmp_path)
 
 
+def test_a_token_that_the_model_has_no_row_for_is_refused(bert: Path) -> None:
+    (bert / "config.json").write_text('{"vocab_size": 9}')
+    tokenizer = PairTokenizer(bert)
+    known = tokenizer.encode_texts(["", "zzzz"], 8)  # special tokens alone, the unknown one among them
+    assert max(encoded.ids.max() for encoded in known) < 9
+    with pytest.raises(UserError, match="gives 'key' the id 17, but the model has rows for ids 0 to 8"):
+        tokenizer.encode_pairs(["key"], ["zzzz"])
+
+
 def test_the_smallest_bucket_that_holds_a_length() -> None:
     assert [bucket_for(n, (64, 32, 128)) for n in (1, 32, 33, 128)] == [32, 32, 64, 128]
     with pytest.raises(UserError, match="length_buckets"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -19,22 +19,67 @@ Function = Callable[..., Any]
 Arrays = list[np.ndarray]
 
 
-def check(what: str, ours: Any, theirs: Any, tolerance: float) -> None:
+class Found(NamedTuple):
+    """One comparison: `what` is "subject, detail", `pair` "jax with mlx" or "jax with an oracle"."""
+
+    what: str
+    pair: str
+    error: float
+    tolerance: float
+
+
+FOUND: list[Found] = []  # of this session; the table of `make parity`
+
+
+def check(what: str, pair: str, ours: Any, theirs: Any, tolerance: float) -> None:
     """Assert that two results agree, and print by how much they do not."""
-    error = parity_error(ours, theirs)
-    print(f"parity {what}: {error:.1e}")
-    assert error <= tolerance, f"{what}: {error:.2e} > {tolerance:g}"
+    _compared(Found(what, pair, parity_error(ours, theirs), tolerance))
 
 
 def check_all(
-    what: str, ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], tolerance: float
+    what: str, pair: str, ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], tolerance: float
 ) -> None:
     """The same for named arrays: as many, under the same names."""
     assert ours.keys() == theirs.keys()
     errors = {name: parity_error(ours[name], theirs[name]) for name in ours}
     worst = max(errors, key=lambda name: errors[name])
-    print(f"parity {what}: {errors[worst]:.1e} at {worst}")
-    assert errors[worst] <= tolerance, f"{what}, {worst}: {errors[worst]:.2e} > {tolerance:g}"
+    _compared(Found(f"{what} by {worst}", pair, errors[worst], tolerance))
+
+
+def _compared(found: Found) -> None:
+    FOUND.append(found)
+    told = f"parity of {found.what}, {found.pair}: {found.error:.1e}"
+    print(told)
+    assert found.error <= found.tolerance, f"{told} > {found.tolerance:g}"
+
+
+def table(found: Sequence[Found]) -> list[str]:
+    """Lines of Markdown, a row for each subject and oracle: worst errors, tolerance, where it is worst."""
+    rows: dict[tuple[str, str], list[Found]] = {}
+    oracles: dict[str, str] = {}
+    for one in found:
+        oracle = one.pair.split(" with ")[1]
+        if oracle != "mlx":
+            oracles.setdefault(one.what.split(", ")[0], oracle)
+    for one in found:
+        subject, oracle = one.what.split(", ")[0], one.pair.split(" with ")[1]
+        rows.setdefault((subject, oracles.get(subject, "") if oracle == "mlx" else oracle), []).append(one)
+    lines = [
+        "| what | oracle | jax | mlx | jax with mlx | tolerance | comparisons | nearest to its tolerance |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (subject, oracle), all_of in rows.items():
+        cells = []
+        for pair in (f"jax with {oracle}", f"mlx with {oracle}", "jax with mlx"):
+            errors = [one.error for one in all_of if one.pair == pair]
+            cells.append(f"{max(errors):.0e}" if errors else "")
+        nearest = max(all_of, key=lambda one: one.error / one.tolerance)
+        tolerances = " to ".join(f"{t:g}" for t in sorted({one.tolerance for one in all_of}))
+        detail = nearest.what.partition(", ")[2]
+        lines.append(
+            f"| {subject} | {oracle} | {' | '.join(cells)} | {tolerances} | {len(all_of)} | {detail} |"
+        )
+    return lines
 
 
 def mix(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:

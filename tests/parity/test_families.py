@@ -91,8 +91,8 @@ def test_random_configurations_agree_with_their_twin_and_with_transformers(
     ]
     theirs = oracle_results(oracle, ids, sides, seed)
     for backend, ours in zip(twins, results, strict=True):
-        compare(f"{family}, {backend.name} with transformers", ours, theirs)
-    compare(f"{family}, jax with mlx", *results)
+        compare(family, f"{backend.name} with transformers", ours, theirs)
+    compare(family, "jax with mlx", *results)
 
 
 @every_family
@@ -109,7 +109,7 @@ def test_the_cross_encoder_agrees_with_its_twin_under_dropout(
         return lambda *x: pair_outputs(backend, *x, keys=keys)
 
     results = [b.results(m, of(b), seed, ids, sides) for b, m in zip(twins, models, strict=True)]
-    compare(f"{family} under dropout, jax with mlx", *results)
+    compare(f"{family}, under dropout", "jax with mlx", *results)
 
 
 @every_family
@@ -119,7 +119,7 @@ def test_the_bi_encoder_agrees_with_its_twin(twins: Twins, family: str, seed: in
     results = [
         b.results(m, lambda m, *x: [m(*x)], seed, ids, sides > 0) for b, m in zip(twins, models, strict=True)
     ]
-    compare(f"{family}, bi-encoder, jax with mlx", *results)
+    compare(f"{family}, bi-encoder", "jax with mlx", *results)
 
 
 @every_family

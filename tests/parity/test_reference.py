@@ -14,6 +14,7 @@ from common.reference.cases import ListCase, float32_exact, numeric_gradient, pa
 from tests.parity.backends import LOSS_TOLERANCE, Backend, check, mix, mixed
 
 CASES = 5
+REFERENCE = "float64 reference"
 
 
 def flat(result: object) -> np.ndarray:
@@ -67,19 +68,19 @@ def test_list_losses_and_their_gradients(backend: Backend, name: str, seed: int)
         return getattr(backend.module(module), function)(*inputs, *extra)
 
     value_of, gradients_of = backend.values(ours), backend.gradients(ours)
+    label = f"{module.split('.')[1]} losses, {name}"
+    pair = f"{backend.name} with {REFERENCE}"
     for _ in range(CASES):
         case = random_lists(int(rng.integers(2**32)))
         inputs = getattr(case, field), case.labels, case.mask
-        check(
-            f"{backend.name} {name}", flat(value_of(*inputs)), flat(theirs(*inputs, *extra)), LOSS_TOLERANCE
-        )
+        check(label, pair, flat(value_of(*inputs)), flat(theirs(*inputs, *extra)), LOSS_TOLERANCE)
         if gradient is None:
             continue
         rows = gradients_of(*inputs)
         analytic = gradient(*inputs, *extra)
         analytic = analytic if name == "resonance" else (analytic,)
         for half, expected in enumerate(analytic):
-            check(f"{backend.name} {name} gradient", rows[2 * half][0], expected, LOSS_TOLERANCE)
+            check(f"{label} gradient", pair, rows[2 * half][0], expected, LOSS_TOLERANCE)
             assert not rows[2 * half + 1][0].any()  # the denominator depends on the data alone
 
 
@@ -117,14 +118,21 @@ def test_losses_of_a_teacher_and_their_gradients(backend: Backend, name: str, se
         expected = flat(theirs(case.scores, *settings))
         assert expected[1] > 3
         check(
-            f"{backend.name} {name}",
+            f"ranking losses, {name}",
+            f"{backend.name} with {REFERENCE}",
             flat(backend.values(ours)(case.scores, *settings)),
             expected,
             LOSS_TOLERANCE,
         )
         numerator, denominator = backend.gradients(ours)(case.scores, *settings)
         by_hand = getattr(reference, f"{name}_gradient")(case.scores, *settings)
-        check(f"{backend.name} {name} gradient", numerator[0], by_hand, LOSS_TOLERANCE)
+        check(
+            f"ranking losses, {name} gradient",
+            f"{backend.name} with {REFERENCE}",
+            numerator[0],
+            by_hand,
+            LOSS_TOLERANCE,
+        )
         assert not denominator[0].any()
         padded = np.where(case.mask, case.scores, 0.0)  # far from 1e4, where central differences are exact
 
@@ -169,7 +177,8 @@ def test_entanglement_and_its_gradient(backend: Backend, indexed: bool, seed: in
         data = case.labels, case.mask, case.related, margin, *([query_index] if indexed else [])
         expected = flat(reference.entanglement_loss(*states, *data))
         check(
-            f"{backend.name} entanglement",
+            "quantum losses, entanglement",
+            f"{backend.name} with {REFERENCE}",
             flat(backend.values(ours)(*states, *data)),
             expected,
             LOSS_TOLERANCE,
@@ -190,7 +199,8 @@ def test_entanglement_and_its_gradient(backend: Backend, indexed: bool, seed: in
 
                 by_differences = numeric_gradient(theirs, states[side])
                 check(
-                    f"{backend.name} entanglement gradient",
+                    "quantum losses, entanglement gradient",
+                    f"{backend.name} with {REFERENCE}",
                     rows[2 * half][side],
                     by_differences,
                     LOSS_TOLERANCE,
@@ -207,7 +217,8 @@ def test_alignment_and_its_gradient(backend: Backend, seed: int) -> None:
         targets = float32_exact(rng.normal(size=(2, *case.query_re.shape)))
         inputs = case.query_re, case.query_im, *targets, case.labels, case.mask
         check(
-            f"{backend.name} alignment",
+            "quantum losses, alignment",
+            f"{backend.name} with {REFERENCE}",
             flat(backend.values(ours)(*inputs)),
             flat(reference.alignment_loss(*inputs)),
             LOSS_TOLERANCE,
@@ -215,7 +226,13 @@ def test_alignment_and_its_gradient(backend: Backend, seed: int) -> None:
         numerator, _ = backend.gradients(ours, (0, 1))(*inputs)
         by_hand = reference.alignment_loss_gradient(*targets, case.labels, case.mask)
         for gradient, expected in zip(numerator, by_hand, strict=True):
-            check(f"{backend.name} alignment gradient", gradient, expected, LOSS_TOLERANCE)
+            check(
+                "quantum losses, alignment gradient",
+                f"{backend.name} with {REFERENCE}",
+                gradient,
+                expected,
+                LOSS_TOLERANCE,
+            )
 
 
 def reference_outputs(
@@ -274,20 +291,26 @@ def test_projector_resonance_and_fidelity_with_their_gradients(
     def theirs(query: np.ndarray, passage: np.ndarray, **changed: np.ndarray) -> np.ndarray:
         return reference_outputs(drawn | changed, blocks, query, passage, share)
 
-    label = f"{backend.name} {parameterisation} projector"
+    label, pair = f"projector, {parameterisation}", f"{backend.name} with {REFERENCE}"
     (found,), by_weights = backend.results(projector, lambda *x: [ours(*x)], seed, query, passage)
-    check(label, found, theirs(query, passage), LOSS_TOLERANCE)
+    check(label, pair, found, theirs(query, passage), LOSS_TOLERANCE)
     ((by_query, by_passage),) = backend.gradients(
         lambda *x: mixed(backend, [ours(projector, *x)], seed), (0, 1)
     )(query, passage)
     expected = numeric_gradient(lambda x: float(np.sum(weights * theirs(x, passage))), query)
-    check(f"{label} gradient by query", by_query, expected, LOSS_TOLERANCE)
+    check(f"{label} gradient by query", pair, by_query, expected, LOSS_TOLERANCE)
     expected = numeric_gradient(lambda x: float(np.sum(weights * theirs(query, x))), passage)
-    check(f"{label} gradient by passage", by_passage, expected, LOSS_TOLERANCE)
+    check(f"{label} gradient by passage", pair, by_passage, expected, LOSS_TOLERANCE)
     assert by_weights.keys() == drawn.keys()
     for name, gradient in by_weights.items():
 
         def moved(x: np.ndarray, name: str = name) -> float:
             return float(np.sum(weights * theirs(query, passage, **{name: x})))
 
-        check(f"{label} gradient by {name}", gradient, numeric_gradient(moved, drawn[name]), LOSS_TOLERANCE)
+        check(
+            f"{label} gradient by {name}",
+            pair,
+            gradient,
+            numeric_gradient(moved, drawn[name]),
+            LOSS_TOLERANCE,
+        )

@@ -19,7 +19,7 @@ from mlx_impl.training.loop import _freeze, _learns
 from mlx_impl.training.optimizer import make_optimizer
 from mlx_impl.training.step import Batch, Moment, TrainState, make_step
 from tests.parity.backends import Mlx
-from tests.parity.test_training import random_batch
+from tests.parity.test_training import WITHOUT_GRADIENT, random_batch
 from tests.tiny import World
 
 KINDS = {
@@ -83,7 +83,8 @@ def test_a_step_of_micro_batches_is_the_step_of_the_whole_batch(
     for name, value in whole.items():
         # Adam's first step is the gradient's sign: where that is rounding, anything up to the rate
         difference = np.abs(value - parts[name])
-        assert difference.max() <= 2.1e-4 and np.mean(difference > 1e-5) < 0.1, name
+        assert difference.max() <= 2.1e-4, name
+        assert name.endswith(WITHOUT_GRADIENT) or np.mean(difference > 1e-5) < 0.1, name
     moved = [name for name, value in whole.items() if np.abs(value - start[name]).max() > 5e-5]
     assert len(moved) > len(start) / 2 and logged["loss"] > 0
 

@@ -1,16 +1,15 @@
-"""The preservation losses of retraining against the float64 reference, in JAX alone so far."""
+"""The preservation losses of retraining against the float64 reference: values and gradients."""
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
+from typing import Any
+
 import numpy as np
 
 from common.reference import losses as reference
 from common.reference.cases import float32_exact, numeric_gradient, parity_error, random_lists, random_states
-from jax_impl.losses import preservation
+from tests.parity.backends import LOSS_TOLERANCE, Backend, check
 
-TOLERANCE = 1e-5
 CASES = 5
 
 
@@ -19,21 +18,23 @@ def numbers(pair: object) -> np.ndarray:
     return np.ravel(np.asarray(pair, np.float64))
 
 
-def test_preserved_lists_and_their_gradient(seed: int) -> None:
-    rng = np.random.default_rng(seed)
+def test_preserved_lists_and_their_gradient(backend: Backend, seed: int) -> None:
+    rng, pair = np.random.default_rng(seed), f"{backend.name} with float64 reference"
+    ours = backend.module("losses.preservation").preservation_loss
+    value_of, gradients_of = backend.values(ours), backend.gradients(ours)
     for _ in range(CASES):
         case = random_lists(int(rng.integers(2**32)))
         # what the frozen original said: of every real candidate, or not of all of them
         original = np.where(case.mask, float32_exact(rng.normal(0.0, 3.0, case.scores.shape)), np.nan)
         for known in (original, case.teacher):
-            settings = jnp.asarray(known), jnp.asarray(case.mask)
-            value = jax.jit(lambda s, settings=settings: preservation.preservation_loss(s, *settings))
-            expected = numbers(reference.preservation_loss(case.scores, known, case.mask))
+            inputs = case.scores, known, case.mask
+            expected = numbers(reference.preservation_loss(*inputs))
             assert expected[1] > 3 and expected[0] > 0
-            assert parity_error(numbers(value(jnp.asarray(case.scores))), expected) < TOLERANCE
-            numerator, denominator = jax.jacrev(value)(jnp.asarray(case.scores))
-            by_hand = reference.preservation_loss_gradient(case.scores, known, case.mask)
-            assert parity_error(numerator, by_hand) < TOLERANCE and not denominator.any()
+            check("preservation losses, lists", pair, numbers(value_of(*inputs)), expected, LOSS_TOLERANCE)
+            (numerator,), (denominator,) = gradients_of(*inputs)
+            by_hand = reference.preservation_loss_gradient(*inputs)
+            check("preservation losses, lists gradient", pair, numerator, by_hand, LOSS_TOLERANCE)
+            assert not denominator.any()
             padded = np.where(case.mask, case.scores, 0.0)  # far from 1e4, where differences are exact
             measured = numeric_gradient(
                 lambda s, known=known, case=case: reference.preservation_loss(s, known, case.mask)[0], padded
@@ -42,19 +43,21 @@ def test_preserved_lists_and_their_gradient(seed: int) -> None:
             assert parity_error(measured, by_hand) < 1e-6
 
 
-def test_preserved_states_and_their_gradient(seed: int) -> None:
-    rng = np.random.default_rng(seed)
+def test_preserved_states_and_their_gradient(backend: Backend, seed: int) -> None:
+    rng, pair = np.random.default_rng(seed), f"{backend.name} with float64 reference"
+    ours = backend.module("losses.preservation").state_preservation_loss
     for _ in range(CASES):
         case = random_lists(int(rng.integers(2**32)), width=3)
         shape = case.query_re.shape
         states, targets = (tuple(map(float32_exact, random_states(rng, *shape))) for _ in range(2))
-        fixed = (*map(jnp.asarray, targets), jnp.asarray(case.mask))
-        ours = jax.jit(lambda re, im, fixed=fixed: preservation.state_preservation_loss(re, im, *fixed))
-        expected = numbers(reference.state_preservation_loss(*states, *targets, case.mask))
-        assert parity_error(numbers(ours(*map(jnp.asarray, states))), expected) < TOLERANCE
-        gradient = jax.grad(lambda *x, ours=ours: ours(*x)[0], argnums=(0, 1))(*map(jnp.asarray, states))
+        inputs: tuple[Any, ...] = (*states, *targets, case.mask)
+        expected = numbers(reference.state_preservation_loss(*inputs))
+        found = numbers(backend.values(ours)(*inputs))
+        check("preservation losses, states", pair, found, expected, LOSS_TOLERANCE)
+        gradient, _ = backend.gradients(ours, (0, 1))(*inputs)
         by_hand = reference.state_preservation_loss_gradient(*targets, case.mask)
-        assert max(map(parity_error, gradient, by_hand)) < TOLERANCE
+        for side, wanted in zip(gradient, by_hand, strict=True):
+            check("preservation losses, states gradient", pair, side, wanted, LOSS_TOLERANCE)
         for place in (0, 1):
 
             def numerator(

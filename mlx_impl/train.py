@@ -1,0 +1,79 @@
+"""Train with MLX: the command of the Mac user. `rerank` trains, or goes on with, a reranker's recipe.
+
+example: python mlx_impl/train.py rerank --config configs/quantum_resonance.py --train.epochs 2
+
+Recipes, settings, runs and checkpoints are those of scripts/train.py. On several Macs (docs/apple.md):
+mlx.launch --hosts IP,IP -- .venv/bin/python mlx_impl/train.py rerank --config configs/quantum_resonance.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from common.errors import UserError, run_command
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(f"{__doc__}\ncommands: {', '.join(COMMANDS)} (each has --help)")
+        return
+    if words[0] not in COMMANDS:
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(
+            f"no command {words[0]!r}{hint}; there is {', '.join(COMMANDS)}, typed before the flags."
+        )
+    COMMANDS[words[0]](words[1:])
+
+
+def rerank(argv: Sequence[str]) -> None:
+    """scripts/train.py on MLX, in each process that `mlx.launch` started."""
+    from scripts import train
+
+    if any(word.partition("=")[0] == "--backend" for word in argv):
+        raise UserError("mlx_impl/train.py trains with MLX: leave out --backend, or use scripts/train.py.")
+    argv = [*argv, "--backend", "mlx"]
+    if {"-h", "--help"} & set(argv):
+        train.main(argv, __doc__)
+        return
+    world = _world()
+    try:
+        if world.leader:
+            train.main(argv, __doc__)
+        else:
+            _work(lambda runs: train.main([*argv, "--runs", runs, "--no-evaluate-test"], __doc__))
+    finally:
+        world.leave()
+
+
+def _world() -> Any:
+    try:
+        from mlx_impl.training.distributed import World
+    except ImportError as error:
+        raise UserError(
+            f"MLX cannot be loaded here ({error}); install it with `pip install -e '.[mlx]'`."
+        ) from None
+    return World()
+
+
+def _work(train: Callable[[str], None]) -> None:
+    """Train beside the leader, who alone speaks and keeps the run: what is written here is thrown away."""
+    with (
+        tempfile.TemporaryDirectory() as runs,
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+    ):
+        train(runs)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"rerank": rerank}
+
+if __name__ == "__main__":
+    run_command(main)
