@@ -12,20 +12,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS, Record, compared
-from common.config import DataConfig, EvalConfig, ModelConfig, RerankerConfig, TrainConfig, to_dict
+from common.config import DataConfig, EvalConfig, ModelConfig, RerankerConfig, TrainConfig
 from common.data import lists
 from common.data.sources import load_ranking_data
 from common.errors import UserError, run_command
 from common.prepare import Prepared
 from common.retrieval.lexical import bm25_run
-from common.runs import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,10 +31,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def main() -> None:
     options = _options()
     config = _recipe(options)
-    with tempfile.TemporaryDirectory() as folder:
-        prepared = prepare(config, options.lists * options.steps)
-        contestants = {name: contestant(name, config, prepared, Path(folder)) for name in ("jax", "mlx")}
-        seconds = measure(contestants, options.steps, options.repetitions)
+    prepared = prepare(config, options.lists * options.steps)
+    contestants = {name: contestant(name, config, prepared) for name in ("jax", "mlx")}
+    seconds = measure(contestants, options.steps, options.repetitions)
     plan = contestants["jax"].trainer.plan
     batches = [plan.batch(step) for step in range(options.steps)]
     workload = {
@@ -85,8 +82,8 @@ def prepare(config: RerankerConfig, needed: int) -> Prepared:
     return Prepared(data, made[:needed], {"bm25": stages["dev"]}, {}, "bm25")  # type: ignore[arg-type]
 
 
-def contestant(name: str, config: RerankerConfig, prepared: Prepared, folder: Path) -> Contestant:
-    """The Trainer of a backend, in a run's folder of its own."""
+def contestant(name: str, config: RerankerConfig, prepared: Prepared) -> Contestant:
+    """The Trainer of a backend, ready to take steps."""
     if name == "jax":
         import jax
 
@@ -100,8 +97,7 @@ def contestant(name: str, config: RerankerConfig, prepared: Prepared, folder: Pa
             raise UserError("MLX is not installed here; install it with `pip install -e '.[mlx]'`") from None
 
         wait = lambda _: None  # noqa: E731  a step of MLX ends evaluated
-    run = RunFolder.create(folder, name, to_dict(config), resume=False)
-    return Contestant(Trainer(config, prepared, run, say=lambda _: None), wait)
+    return Contestant(Trainer(config, prepared, say=lambda _: None), wait)
 
 
 def measure(contestants: dict[str, Contestant], steps: int, repetitions: int) -> dict[str, list[float]]:

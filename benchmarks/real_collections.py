@@ -251,9 +251,9 @@ def train(job: Job, root: Path, encoder: Encoder) -> None:
         if job.variant == PEER:
             trained = train_peer(config, prepared, folder)
         else:
-            from jax_impl.training.loop import train_reranker
+            from jax_impl.training.loop import Trainer
 
-            trained = train_reranker(config, prepared, folder)
+            trained = Trainer(config, prepared).run(folder)
         about = {
             "collection": job.collection,
             "variant": job.variant,

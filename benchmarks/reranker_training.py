@@ -15,7 +15,6 @@ import dataclasses
 import multiprocessing
 import os
 import random
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import Record, compared, device_name
-from common.config import DataConfig, EvalConfig, ModelConfig, RerankerConfig, TrainConfig, to_dict
+from common.config import DataConfig, EvalConfig, ModelConfig, RerankerConfig, TrainConfig
 from common.errors import UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,25 +34,24 @@ Pairs = list[tuple[str, str, float]]  # query, passage, label
 def main() -> None:
     options = _options()
     config = _recipe(options)
-    with tempfile.TemporaryDirectory() as folder:
-        ours = Ours(config, options, Path(folder))
-        windows = [ours.window(i) for i in range(options.repetitions)]
-        workload = {
-            "data": Path(options.data).name,
-            "pairs": sum(len(window.pairs) for window in windows),
-            "real_tokens": sum(window.tokens for window in windows),
-            "pairs_per_step": options.lists * options.list_size,
-            "token_limits": [config.data.max_query_tokens, config.data.max_passage_tokens],
-            "dropout": {"hidden": config.train.hidden_dropout, "attention": config.train.attention_dropout},
-            "repetitions": options.repetitions,
-            "base": options.base,
-        }
-        record = Record("reranker_training", workload, folder=Path(options.results))
-        with Peer(ours.directory, config, workload["pairs_per_step"]) as peer:
-            for row in measure(ours, peer, windows):
-                record.add(row, replace=True)
-                print(f"{row['what']}: {row['ours']:,.0f} against {row['peer']:,.0f} {row['unit']}, "
-                      f"ratio {row['ratio']:.2f}", flush=True)  # fmt: skip
+    ours = Ours(config, options)
+    windows = [ours.window(i) for i in range(options.repetitions)]
+    workload = {
+        "data": Path(options.data).name,
+        "pairs": sum(len(window.pairs) for window in windows),
+        "real_tokens": sum(window.tokens for window in windows),
+        "pairs_per_step": options.lists * options.list_size,
+        "token_limits": [config.data.max_query_tokens, config.data.max_passage_tokens],
+        "dropout": {"hidden": config.train.hidden_dropout, "attention": config.train.attention_dropout},
+        "repetitions": options.repetitions,
+        "base": options.base,
+    }
+    record = Record("reranker_training", workload, folder=Path(options.results))
+    with Peer(ours.directory, config, workload["pairs_per_step"]) as peer:
+        for row in measure(ours, peer, windows):
+            record.add(row, replace=True)
+            print(f"{row['what']}: {row['ours']:,.0f} against {row['peer']:,.0f} {row['unit']}, "
+                  f"ratio {row['ratio']:.2f}", flush=True)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,13 +109,12 @@ def measure(ours: Ours, peer: Peer, windows: Sequence[Window]) -> list[dict[str,
 class Ours:
     """The Trainer of a recipe, stepped by hand."""
 
-    def __init__(self, config: RerankerConfig, options: argparse.Namespace, folder: Path) -> None:
+    def __init__(self, config: RerankerConfig, options: argparse.Namespace) -> None:
         from common.data import lists
         from common.data.sources import load_ranking_data
         from common.hub import resolve_model
         from common.prepare import Prepared
         from common.retrieval.lexical import bm25_run
-        from common.runs import RunFolder
         from jax_impl.training.loop import Trainer
 
         data = load_ranking_data(config.data.name)
@@ -130,9 +127,8 @@ class Ours:
         if len(made) < needed:
             raise UserError(f"{options.data}: {len(made)} training lists, but {needed} are to be measured")
         prepared = Prepared(data, made, {"bm25": stages["dev"]}, {}, "bm25")  # type: ignore[arg-type]
-        run = RunFolder.create(folder, config.name, to_dict(config), resume=False)
         self.directory = resolve_model(config.model.base, say=lambda _: None)
-        self.trainer = Trainer(config, prepared, run, say=lambda _: None)
+        self.trainer = Trainer(config, prepared, say=lambda _: None)
         self.steps = options.steps
 
     def window(self, number: int) -> Window:

@@ -115,7 +115,7 @@ def train(
         if (folder.final / "model.safetensors").exists():
             print(f"{folder.path}: finished before")
         else:
-            load_trainer(options.backend)(config, prepared, folder)
+            load_trainer(options.backend)(config, prepared).run(folder)
     return folder.path, prepared.first_stage
 
 

@@ -96,13 +96,23 @@ def load_scorer(
     return scorer
 
 
-def load_trainer(backend: str = "auto") -> Callable[..., dict[str, Any]]:
-    """train_reranker(config, prepared, folder) of a backend: trains to the end, returns a summary."""
+def load_trainer(backend: str = "auto") -> Callable[..., Any]:
+    """The Trainer of a backend: Trainer(config, prepared, say=print).run(folder) returns a summary."""
     package = _module(backend).__name__.partition(".")[0]
-    trainer: Callable[..., dict[str, Any]] = importlib.import_module(
-        f"{package}.training.loop"
-    ).train_reranker
+    trainer: Callable[..., Any] = importlib.import_module(f"{package}.training.loop").Trainer
     return trainer
+
+
+def backend_name(backend: str = "auto") -> str:
+    """The backend that `auto` stands for here, or the one that is named. UserError when not installed."""
+    _module(backend)
+    return _preferred() if backend == "auto" else backend
+
+
+def accelerator(backend: str = "auto") -> str | None:
+    """The devices that a backend computes on, in words; None for the CPU."""
+    found: str | None = _module(backend).accelerator()
+    return found
 
 
 def checkpoint_name(directory: Path) -> str:

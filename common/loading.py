@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from common import keymap
-from common.checkpoint import HEAD_FILE, read_json, write_checkpoint
-from common.config import FIDELITY_BLOCKS, HEAD_PROJECTORS, ModelConfig
+from common.checkpoint import HEAD_FILE, read_config, read_json, write_checkpoint
+from common.config import FIDELITY_BLOCKS, HEAD_PROJECTORS, ModelConfig, RerankerConfig
 from common.errors import UserError
 from common.text import PairTokenizer
 
@@ -116,6 +116,13 @@ def stored_settings(config: Mapping[str, Any], directory: Path) -> dict[str, Any
             "Load it with the version that wrote it."
         )
     return settings
+
+
+def stored_precision(directory: Path, recipe: RerankerConfig) -> str:
+    """What a checkpoint of ours was trained and measured in; the recipe's for a base."""
+    settings = read_config(directory).get("resonance")
+    known = settings.get("precision") if isinstance(settings, Mapping) else None
+    return str(known or recipe.train.precision)
 
 
 def check_unchanged(settings: Mapping[str, Any], model: ModelConfig, directory: Path) -> None:

@@ -59,15 +59,21 @@ class RunFolder:
         *,
         resume: bool = True,
         data_fingerprint: str | None = None,
+        inputs: Mapping[str, str] | None = None,
         device: str | None = None,
     ) -> Self:
         """Make `root`/`name`, or go on in it; with `resume=False` an earlier run of that name is deleted.
 
-        `device` names the accelerator in words; the CPU when absent. Resuming asks for the same config and
-        the same data. UserError: a bad name, another recipe or other data, a folder in use or of other files.
+        `device` names the accelerator in words; the CPU when absent. Resuming asks for the same config, data
+        and `inputs`, what else it depends on (base, backend). UserError: a bad name, other settings, data
+        or inputs, a folder in use or of other files.
         """
         path = Path(root) / _checked(name)
-        now = {"config": json.loads(to_json(config)), "data_fingerprint": data_fingerprint}
+        now = {
+            "config": json.loads(to_json(config)),
+            "data_fingerprint": data_fingerprint,
+            "inputs": dict(inputs or {}),
+        }
         here = environment(device)
         try:
             path.mkdir(parents=True, exist_ok=True)

@@ -110,6 +110,26 @@ def planned_steps(config: RerankerConfig, steps_per_epoch: int) -> int:
     return min(wanted, train.max_steps or wanted)
 
 
+def verdict(config: RerankerConfig, summary: Mapping[str, Any]) -> str:
+    """What dev says of the best checkpoint, in plain words, also where training did not help."""
+    metric, step = config.evaluation.metric, summary["best_step"]
+    alone, fused, first = (summary[key] for key in ("best_dev", "best_dev_fused", "dev_first_stage"))
+    lines = [
+        f"best on dev: step {step}, {metric} {alone:.4f} alone, {fused:.4f} fused, first stage {first:.4f}"
+    ]
+    if step == 0:
+        lines.append(
+            "warning: no step of training was better on dev than the start: best/ is the untrained base"
+        )
+    if fused <= first:
+        lines.append(
+            "warning: on dev it is no better than the first stage, which is what you should keep using"
+        )
+    elif alone <= first:
+        lines.append("warning: on dev it is better than the first stage only when fused with it, not alone")
+    return "\n".join(lines)
+
+
 def model_card(config: RerankerConfig, settings: Mapping[str, Any], training: dict[str, Any]) -> str:
     """README.md of a checkpoint directory: what it is, how to load it, what was measured."""
     dev, data = training["dev"], training["data"]

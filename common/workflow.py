@@ -8,11 +8,19 @@ from pathlib import Path
 
 from common.analysis import analyse, write_analysis
 from common.analysis_view import analysis_tables
-from common.backends import load_encoder, load_scorer, load_trainer
+from common.backends import (
+    accelerator,
+    backend_name,
+    checkpoint_identity,
+    load_encoder,
+    load_scorer,
+    load_trainer,
+)
 from common.config import RerankerConfig, RunOptions, to_dict
 from common.data.records import RankingData
 from common.errors import UserError
 from common.evaluation import evaluate_recipe
+from common.hub import resolve_model
 from common.prepare import (
     Prepared,
     cache_root,
@@ -26,6 +34,7 @@ from common.prepare import (
 from common.report import Table, tables_text, write_report
 from common.reranking import load_confidences
 from common.runs import RESULTS_FILE, RunFolder, environment, environment_line, finished_results
+from common.training import verdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +90,9 @@ def train_recipe(
     prepared = prepare(config, encoder, data, old, say=say)
     if options.evaluate_test:
         prepared.data.split(config.data.test_split)  # a wrong name fails before training
-    say(environment_line(environment()))
+    device = accelerator(options.backend)
+    say(environment_line(environment(device)))
+    trainer = load_trainer(options.backend)(config, prepared, say=say)
     shown: list[Table] = []
     with RunFolder.create(
         options.runs,
@@ -89,10 +100,17 @@ def train_recipe(
         recipe,
         resume=not options.fresh,
         data_fingerprint=fingerprint,
+        inputs={
+            "backend": backend_name(options.backend),
+            "base": checkpoint_identity(base),
+            "encoder": checkpoint_identity(resolve_model(config.data.encoder, say=lambda _: None)),
+        },
+        device=device,
     ) as folder:
         if config.retrain.analyze_existing:
             analyse_original(config, prepared, folder, options.backend, say)
-        summary = load_trainer(options.backend)(config, prepared, folder, say=say)
+        summary = trainer.run(folder)
+        say(verdict(config, summary))
         if options.evaluate_test:
             scorers = [load_scorer(folder.best, options.backend, say=say)]
             confidences = load_confidences([folder.best], scorers)

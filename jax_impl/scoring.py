@@ -18,7 +18,7 @@ from flax import nnx
 from common.backends import Scores, checkpoint_identity, checkpoint_name
 from common.checkpoint import surviving
 from common.config import DataConfig, RerankerConfig
-from common.loading import longest_input
+from common.loading import longest_input, stored_precision
 from common.text import Encoded, PairTokenizer, length_batches
 from jax_impl.loading import load_bi_encoder, load_cross_encoder
 from jax_impl.models.cross_encoder import CrossEncoder
@@ -33,6 +33,12 @@ def default_dtype(precision: str = "auto") -> jnp.dtype:
     if precision == "auto":
         return jnp.dtype(jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32)
     return jnp.dtype(precision)
+
+
+def accelerator() -> str | None:
+    """The devices in words; None where the CPU computes."""
+    devices = jax.devices()
+    return None if devices[0].platform == "cpu" else f"{len(devices)} x {devices[0].device_kind}"
 
 
 def batches_by_length(
@@ -171,7 +177,7 @@ def load_encoder(directory: Path) -> JaxEncoder:
 def load_scorer(directory: Path, recipe: RerankerConfig | None = None) -> JaxScorer:
     """The Scorer of a directory (common.backends); a base that was never trained starts as `recipe` says."""
     directory, recipe = surviving(Path(directory)), recipe or RerankerConfig()
-    dtype, seed = default_dtype(), recipe.train.seed
+    dtype, seed = default_dtype(stored_precision(directory, recipe)), recipe.train.seed
     loaded = load_cross_encoder(directory, recipe.model, dtype=dtype, seed=seed)
     tokenizer = PairTokenizer(
         directory,

@@ -16,7 +16,7 @@ import numpy as np
 from common.backends import Scores, checkpoint_identity, checkpoint_name
 from common.checkpoint import surviving
 from common.config import DataConfig, RerankerConfig
-from common.loading import longest_input
+from common.loading import longest_input, stored_precision
 from common.text import Encoded, PairTokenizer, length_batches
 from mlx_impl.loading import load_bi_encoder, load_cross_encoder
 from mlx_impl.models.cross_encoder import CrossEncoder
@@ -29,6 +29,12 @@ LENGTHS = DataConfig.length_buckets  # padded to; each is compiled once
 def default_dtype(precision: str = "auto") -> mx.Dtype:
     """float32 unless named: bfloat16 has not been measured on Apple's GPUs yet."""
     return {"auto": mx.float32, "float32": mx.float32, "bfloat16": mx.bfloat16}[precision]
+
+
+def accelerator() -> str | None:
+    """The device in words; None where the CPU computes."""
+    device = mx.default_device()
+    return None if device.type == mx.DeviceType.cpu else str(mx.device_info(device)["device_name"])
 
 
 def batches_by_length(
@@ -169,7 +175,7 @@ def load_encoder(directory: Path) -> MlxEncoder:
 def load_scorer(directory: Path, recipe: RerankerConfig | None = None) -> MlxScorer:
     """The Scorer of a directory (common.backends); a base that was never trained starts as `recipe` says."""
     directory, recipe = surviving(Path(directory)), recipe or RerankerConfig()
-    dtype, seed = default_dtype(), recipe.train.seed
+    dtype, seed = default_dtype(stored_precision(directory, recipe)), recipe.train.seed
     loaded = load_cross_encoder(directory, recipe.model, dtype=dtype, seed=seed)
     tokenizer = PairTokenizer(
         directory,

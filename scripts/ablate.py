@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.ablation import HEAD_VARIANTS, OUTCOME, Job, grid, outcome, read_outcomes, results, shown
-from common.backends import Encoder, load_encoder, load_scorer, load_trainer
+from common.backends import Encoder, accelerator, load_encoder, load_scorer, load_trainer
 from common.checkpoint import to_json
 from common.config import DataConfig, RerankerConfig, parse_command, to_dict
 from common.data.records import RankingData
@@ -126,7 +126,7 @@ def train(job: Job, options: Options, tools: Tools) -> None:
         encoder = tools.encoder(config.data.encoder)
         prepared = prepare(config, encoder, data, old)
         prepared.data.split(config.data.test_split)  # a wrong name fails before training
-        summary = load_trainer(options.backend)(config, prepared, folder)
+        summary = load_trainer(options.backend)(config, prepared).run(folder)
         scorer = load_scorer(folder.best, options.backend, say=lambda _: None)
         folder.write_json(OUTCOME, outcome(config, prepared, scorer, encoder, summary))
         if not options.keep_state:
@@ -145,7 +145,11 @@ def write_table(jobs: Sequence[Job], failed: Sequence[str], options: Options) ->
     if not tables:
         print(f"no finished run in {options.runs}")
         return
-    about = {"reference": options.reference, "failed": list(failed), "environment": environment()}
+    about = {
+        "reference": options.reference,
+        "failed": list(failed),
+        "environment": environment(accelerator(options.backend)),
+    }
     print(tables_text(tables))
     write_output(options.runs / "ablation.md", tables_markdown(tables))
     write_bytes(options.runs / "ablation.json", to_json({"collections": stored, **about}))

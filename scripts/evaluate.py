@@ -17,7 +17,7 @@ from typing import Literal
 
 import tyro
 
-from common.backends import Encoder, Scorer, load_encoder, load_scorer
+from common.backends import Encoder, Scorer, accelerator, load_encoder, load_scorer
 from common.config import FirstStage
 from common.data.records import OnBadRow, RankingData
 from common.data.sources import load_ranking_data, read_trec_run
@@ -96,7 +96,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for part, judged in held_out(data, args.split, args.judged)
     ]
     found = tables[0].json() if not data.parts else {"sources": [table.json() for table in tables]}
-    result = json.dumps({**found, "environment": environment()}, indent=2, ensure_ascii=False) + "\n"
+    result = (
+        json.dumps(
+            {**found, "environment": environment(accelerator(args.backend))}, indent=2, ensure_ascii=False
+        )
+        + "\n"
+    )
     print(result if args.json == "-" else "\n".join(table.text() for table in tables), end="")
     if args.json not in (None, "-"):
         write_output(args.json, result)

@@ -188,7 +188,7 @@ def train(
         data_fingerprint=run_fingerprint(data, old),
     )
     with folder:
-        return load_trainer(backend)(config, prepared, folder, say=say)
+        return load_trainer(backend)(config, prepared, say=say).run(folder)
 
 
 def command(config: RerankerConfig, runs: Path) -> list[str]:

@@ -38,24 +38,26 @@ from common.training import (
 )
 from jax_impl.loading import LoadedReranker, load_cross_encoder, save_cross_encoder
 from jax_impl.models.lora import add_lora, trainable
-from jax_impl.scoring import JaxEncoder, JaxOriginal, JaxScorer, default_dtype
+from jax_impl.scoring import JaxEncoder, JaxOriginal, JaxScorer, accelerator, default_dtype
 from jax_impl.training.optimizer import learning_rate, make_optimizer
 from jax_impl.training.state import StateFolder
 from jax_impl.training.step import Batch, Moment, TrainState, make_step
 
 
 class Trainer:
-    """One run of a recipe. `run()` starts it or goes on where an interrupted one stopped."""
+    """One run of a recipe. `run(folder)` starts it or goes on where an interrupted one stopped.
+
+    Raises UserError for a recipe that does not fit base, data or devices, before anything is written.
+    """
 
     def __init__(
         self,
         config: RerankerConfig,
         prepared: Prepared,
-        folder: RunFolder,
         *,
         say: Callable[[str], None] = print,
     ) -> None:
-        self.config, self.prepared, self.folder, self.say = config, prepared, folder, say
+        self.config, self.prepared, self.say = config, prepared, say
         train, data = config.train, config.data
         self.dtype = default_dtype(train.precision)
         directory = resolve_base(config, say=say)
@@ -104,8 +106,9 @@ class Trainer:
         states = self.config.retrain.resonance_alignment > 0
         return JaxOriginal(self.loaded.model, self.tokenizer, identity, states=states)
 
-    def run(self) -> dict[str, Any]:
-        """Train to the end; returns the summary that training.json holds. Raises UserError (see `errors`)."""
+    def run(self, folder: RunFolder) -> dict[str, Any]:
+        """Train to the end; returns the summary that results.json holds. Raises UserError (see `errors`)."""
+        self.folder = folder
         with contextlib.closing(StateFolder(self.folder.state)) as states, interruptible() as stop:
             notes = self._restore(states)
             if not notes.get("stopped"):
@@ -120,7 +123,13 @@ class Trainer:
     def _restore(self, states: StateFolder) -> dict[str, Any]:
         if states.latest() is None:
             self.folder.rewind(-1)
-            begun: dict[str, Any] = {"best": None, "best_step": None, "collapsed": 0, "waited": 0}
+            begun: dict[str, Any] = {
+                "best": None,
+                "best_step": None,
+                "best_fused": None,
+                "collapsed": 0,
+                "waited": 0,
+            }
             return begun | {"data": None, "original": self._original}
         self.state, notes = states.load(self.state)
         if notes.get("original") != self._original:
@@ -222,8 +231,9 @@ class Trainer:
             f"{result.fused:.4f} fused, {result.portable:.4f} portable (first stage {self.dev.baseline:.4f})"
         )
         self._guard_collapse(step, result, notes)
-        if notes["best"] is None or result.metric > notes["best"]:
-            notes |= {"best": result.metric, "best_step": step, "waited": 0}
+        collapsed = result.spread < COLLAPSED_SPREAD  # a chance order may rank dev well
+        if notes["best"] is None or (result.metric > notes["best"] and not collapsed):
+            notes |= {"best": result.metric, "best_step": step, "waited": 0, "best_fused": result.fused}
             self._save(self.folder.best, step, result)
         else:
             notes["waited"] += 1
@@ -248,7 +258,13 @@ class Trainer:
         if self._last is None or self._last[0] != step:
             self._last = (step, self.dev.evaluate(self._scorer_now()))
         self._save(self.folder.final, step, self._last[1])
-        return {"steps": step, "best_step": notes["best_step"], "best_dev": notes["best"]}
+        return {
+            "steps": step,
+            "best_step": notes["best_step"],
+            "best_dev": notes["best"],
+            "best_dev_fused": notes["best_fused"],
+            "dev_first_stage": self.dev.baseline,
+        }
 
     def _scorer_now(self) -> JaxScorer:
         self._scorer.set_state(nnx.merge_state(self.state.learned, self.state.fixed))
@@ -260,6 +276,7 @@ class Trainer:
         self.loaded.settings.update(
             {
                 "fusion_weight": result.fusion_weight,
+                "precision": self.config.train.precision,
                 "max_query_tokens": data.max_query_tokens,
                 "max_passage_tokens": data.max_passage_tokens,
                 "confidence": None if result.confidence is None else result.confidence.to_json(),
@@ -280,7 +297,7 @@ class Trainer:
                 "depth": self.config.evaluation.dev_depth,
                 "first_stage_name": self.prepared.first_stage,
             },
-            **environment(),
+            **environment(accelerator()),
         }
         save_cross_encoder(
             directory,
@@ -300,13 +317,6 @@ class Trainer:
             f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), {self.dtype}"
         )
         self.say(self.tokenizer.truncated)
-
-
-def train_reranker(
-    config: RerankerConfig, prepared: Prepared, folder: RunFolder, *, say: Callable[[str], None] = print
-) -> dict[str, Any]:
-    """Run a recipe to its end, or go on with an interrupted run; returns its summary."""
-    return Trainer(config, prepared, folder, say=say).run()
 
 
 def _load(config: RerankerConfig, directory: Path, dtype: jnp.dtype) -> LoadedReranker:
