@@ -72,7 +72,7 @@ def table(found: Sequence[Found]) -> list[str]:
         cells = []
         for pair in (f"jax with {oracle}", f"mlx with {oracle}", "jax with mlx"):
             errors = [one.error for one in all_of if one.pair == pair]
-            cells.append(f"{max(errors):.0e}" if errors else "")
+            cells.append(f"{max(errors):.1e}" if errors else "")
         nearest = max(all_of, key=lambda one: one.error / one.tolerance)
         tolerances = " to ".join(f"{t:g}" for t in sorted({one.tolerance for one in all_of}))
         detail = nearest.what.partition(", ")[2]
