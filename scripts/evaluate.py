@@ -96,12 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for part, judged in held_out(data, args.split, args.judged)
     ]
     found = tables[0].json() if not data.parts else {"sources": [table.json() for table in tables]}
-    result = (
-        json.dumps(
-            {**found, "environment": environment(accelerator(args.backend))}, indent=2, ensure_ascii=False
-        )
-        + "\n"
-    )
+    found["environment"] = environment(accelerator(args.backend))
+    result = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
     print(result if args.json == "-" else "\n".join(table.text() for table in tables), end="")
     if args.json not in (None, "-"):
         write_output(args.json, result)

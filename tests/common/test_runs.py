@@ -96,6 +96,15 @@ def test_resuming_with_other_settings_or_data_is_refused_and_they_are_named(tmp_
     assert "--fresh" in message and "seed" not in message
 
 
+def test_a_run_goes_on_only_from_the_same_base_on_the_same_backend(tmp_path: Path) -> None:
+    make(tmp_path, inputs={"backend": "jax", "base": "a"}).close()
+    make(tmp_path, inputs={"backend": "jax", "base": "a"}).close()
+    with pytest.raises(
+        UserError, match=r"(?s)inputs\.backend: 'jax' before, 'mlx' now.*inputs\.base: 'a' bef"
+    ):
+        make(tmp_path, inputs={"backend": "mlx", "base": "b"})
+
+
 def test_a_setting_that_is_newer_than_a_run_had_its_default_then(tmp_path: Path) -> None:
     config = to_dict(RerankerConfig())
     before = {**config, "model": {key: value for key, value in config["model"].items() if key != "head"}}

@@ -144,7 +144,7 @@ def test_a_run_trained_without_its_test_is_evaluated_by_the_same_command(
     for name in ("results.json", "report.html"):
         (elsewhere.run / name).unlink()
     steps = [line["step"] for line in read_metrics(elsewhere.run)]
-    assert "nDCG@10" not in elsewhere.train("--no-evaluate-test").split("environment:")[1]
+    assert "Brackets: bootstrap" not in elsewhere.train("--no-evaluate-test").split("environment:")[1]
     assert not (elsewhere.run / "results.json").exists() and (elsewhere.run / "report.html").exists()
     said = elsewhere.train("--evaluate-start")
     assert "rrf → base, alone" in said and "rrf → tiny/best, alone" in said
@@ -306,6 +306,13 @@ def test_retraining_analyses_the_original_first_and_once(project: Project, tmp_p
         *flags, "--retrain.old-data", project.world.data, "--retrain.resonance-alignment", 0.1
     )
     assert "is finished" in again and "relevant and other pairs" not in again
+
+
+def test_starting_over_with_what_cannot_work_keeps_the_old_run(project: Project) -> None:
+    before = sorted(path.name for path in project.run.iterdir())
+    with pytest.raises(UserError, match="1000"):
+        project.train("--fresh", "--train.batch-size", 1000)
+    assert sorted(path.name for path in project.run.iterdir()) == before
 
 
 def test_a_retraining_never_writes_over_its_own_base(project: Project) -> None:

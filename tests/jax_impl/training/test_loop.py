@@ -95,7 +95,7 @@ def test_a_run_leaves_its_log_and_two_checkpoints_that_score(finished: Finished)
     }
     dev = {line["step"]: line["nDCG@10"] for line in lines if line["kind"] == "dev"}
     best = max(dev, key=lambda step: dev[step])
-    assert finished.summary == {"steps": 40, "best_step": best, "best_dev": dev[best]}
+    assert finished.summary.items() >= {"steps": 40, "best_step": best, "best_dev": dev[best]}.items()
     for folder, step in (("best", best), ("final", 40)):
         directory = finished.run / folder
         training = read_json(directory / "training.json")

@@ -75,7 +75,10 @@ def test_a_run_leaves_its_log_and_two_checkpoints_that_both_backends_score_alike
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 6, 10, 12]
     dev = {line["step"]: line["nDCG@10"] for line in lines if line["kind"] == "dev"}
     best = max(dev, key=lambda step: dev[step])
-    assert finished.summary == {"steps": 12, "best_step": best, "best_dev": dev[best]} and best > 0
+    assert (
+        finished.summary.items() >= {"steps": 12, "best_step": best, "best_dev": dev[best]}.items()
+        and best > 0
+    )
     for folder, step in (("best", best), ("final", 12)):
         directory = finished.run / folder
         training = read_json(directory / "training.json")
