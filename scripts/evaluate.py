@@ -20,7 +20,7 @@ import tyro
 from common.backends import load_encoder, load_scorer
 from common.config import FirstStage
 from common.data.records import OnBadRow
-from common.data.sources import load_ranking_data, read_trec_run
+from common.data.sources import load_split_data, read_trec_run
 from common.errors import UserError, run_command
 from common.evaluation import chosen_qrels, evaluate, write_output
 from common.metrics.ranking import DEFAULT_METRICS
@@ -36,6 +36,7 @@ class Args:
     data: str = "pydocs"
     """`pydocs`, a file of triples, a BEIR or TREC folder, or a hub dataset."""
     split: str = "test"
+    """Whose queries; `all` takes every query of a file of triples or of a folder with one split, uncut."""
     on_bad_row: OnBadRow = "error"
     first_stage: tuple[FirstStage, ...] = ("rrf",)
     """Whose candidates are reranked; several give a block of rows each."""
@@ -50,7 +51,7 @@ class Args:
     max_queries: int | None = None
     """Only the first queries by id."""
     metrics: tuple[str, ...] = DEFAULT_METRICS
-    """ir-measures names; the first one is tested. R@k and Success@k beyond the depth are shown at the depth."""
+    """ir-measures names; the first one is tested. R@k and Success@k beyond the depth are named by it."""
     encoder: str = "default"
     """Bi-encoder of the dense first stage; `none` leaves BM25 alone."""
     backend: Literal["auto", "jax", "mlx"] = "auto"
@@ -86,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     say = functools.partial(print, file=sys.stderr)
     scorers = [load_scorer(model, args.backend, say=say) for model in args.models]
     cache = args.cache or cache_root()
-    data = load_ranking_data(args.data, on_bad_row=args.on_bad_row)
-    qrels = chosen_qrels(data, args.split, args.qrels, args.max_queries)
+    data = load_split_data(args.data, args.split, on_bad_row=args.on_bad_row)
+    qrels = chosen_qrels(data, args.split, args.qrels, args.max_queries, say=say)
     if args.run is not None:
         stages, pools = {"run": read_trec_run(args.run)}, ("run",)
     else:

@@ -15,6 +15,7 @@ from common.analysis import analyse, write_analysis
 from common.analysis_view import analysis_tables
 from common.backends import load_encoder, load_scorer, load_trainer
 from common.config import RerankerConfig, parse_command, to_dict
+from common.data.records import RankingData
 from common.errors import UserError, run_command
 from common.evaluation import evaluate_recipe
 from common.prepare import (
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{options.runs / config.name} is finished; --fresh starts it over, --name begins another.")
         print(next_steps(config, options.runs / config.name, finished["first_stage"]))
         return
+    check_splits(config, data, options.evaluate_test)
     base = resolve_base(config, say=lambda _: None)  # a wrong name fails before any work
     if base.absolute().is_relative_to((options.runs / config.name).absolute()):
         raise UserError(
@@ -51,8 +53,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     encoder = load_encoder(config.data.encoder, options.backend)
     prepared = prepare(config, encoder, data, old)
-    if options.evaluate_test:
-        prepared.data.split(config.data.test_split)  # a wrong name fails before training
     print(environment_line(environment()))
     with RunFolder.create(
         options.runs,
@@ -80,6 +80,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(table.text())
         write_report(folder.path)
     print(next_steps(config, folder.path, prepared.first_stage))
+
+
+def check_splits(config: RerankerConfig, data: RankingData, test: bool) -> None:
+    """Raise a UserError for a split that the data lacks, before any work."""
+    for split in (config.data.train_split, config.data.dev_split):
+        data.split(split)
+    if not test:
+        return
+    try:
+        data.split(config.data.test_split)
+    except UserError as error:
+        raise UserError(f"{error} Or train without a test: --no-evaluate-test.") from None
 
 
 def analyse_original(config: RerankerConfig, prepared: Prepared, folder: RunFolder, backend: str) -> None:
