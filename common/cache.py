@@ -36,5 +36,6 @@ def write_cache(path: Path, data: bytes) -> None:
         write_file(path, data)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be written ({error.strerror}). Free some space or choose another cache folder."
+            f"{path}: cannot be written ({error.strerror or error}). Free some space or mend the folder, or "
+            "name another with $RESONANCE_CACHE."
         ) from error

@@ -33,11 +33,18 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError)
 
 
+_RIGHTS = "Mend its permissions, or name another place (of the cache: $RESONANCE_CACHE)"
+_MENDED = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _RIGHTS),
+}
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit: 0 or its code, 2 after a UserError, 130 after Ctrl-C.
 
-    A full disk and memory that ran out are a UserError's too. A reader that closes the pipe early (`| head`)
-    ends the command without a word.
+    A full disk, a lack of rights and memory that ran out are a UserError's too. A reader that closes the pipe
+    early (`| head`) ends the command without a word.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log file shows what a terminal would, when it would
@@ -54,9 +61,9 @@ def run_command(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
         raise SystemExit(0) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _MENDED:
             raise
-        print(f"error: {error}. Free some space; the same command then goes on.", file=sys.stderr)
+        print(f"error: {error}. {_MENDED[error.errno]}; the same command then goes on.", file=sys.stderr)
         raise SystemExit(2) from error
     except Exception as error:
         if not out_of_memory(error):

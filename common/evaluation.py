@@ -244,11 +244,17 @@ def held_out(data: RankingData, split: str, judged: bool) -> list[tuple[RankingD
 
 
 def chosen_qrels(
-    data: RankingData, split: str, qrels_file: str | Path | None = None, max_queries: int | None = None
+    data: RankingData,
+    split: str,
+    qrels_file: str | Path | None = None,
+    max_queries: int | None = None,
+    *,
+    say: Callable[[str], None] = print,
 ) -> Qrels:
     """A split's judgements, or those of a file; of these the first `max_queries` queries by id.
 
-    Raises UserError for an unknown split, and for a file that judges none of the data's queries.
+    Says how many queries of the file the data lacks: these are left out. Raises UserError for an unknown
+    split, and for a file that judges none of the data's queries.
     """
     if qrels_file is None:
         qrels = data.split(split)
@@ -257,6 +263,8 @@ def chosen_qrels(
         qrels = {query: grades for query, grades in judged.items() if query in data.queries}
         if not qrels:
             raise UserError(f"{qrels_file}: judges none of the {len(data.queries):,} queries of {data.name}")
+        if lost := len(judged) - len(qrels):
+            say(f"{qrels_file}: {lost:,} of its {len(judged):,} queries are not in {data.name} and left out")
     return {query: qrels[query] for query in sorted(qrels)[:max_queries]}
 
 

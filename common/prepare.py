@@ -153,10 +153,19 @@ def prepare(
     dev = candidates(data, config.data.dev_split, encoder, judged, depth=config.evaluation.dev_depth)
     sizes = ", ".join(f"{split} {len(qrels):,}" for split, qrels in sorted(data.qrels.items()))
     say(f"data: {data.name} {data.fingerprint}: {len(data.corpus):,} passages, queries: {sizes}")
+    if shared := _shared(config.data, data):
+        say(f"warning: training asks the same words: {shared}; what is measured on these is partly learned")
     lost = "".join(f", {count:,} {reason} dropped" for reason, count in (data.dropped | dropped).items())
     say(f"training lists: {len(training):,}{lost}")
     preserved = None if old is None else _old_lists(config, old, encoder, say)
     return Prepared(data, training, dev, dropped, _first_stage(config, data, dev), preserved)
+
+
+def _shared(settings: DataConfig, data: RankingData) -> str:
+    """The queries of dev and test that stand in train too, counted; empty without any."""
+    others = [split for split in (settings.dev_split, settings.test_split) if split in data.qrels]
+    counts = {split: data.shared_queries(settings.train_split, split) for split in others}
+    return ", ".join(f"{n:,} of {len(data.qrels[s]):,} {s} queries" for s, n in counts.items() if n)
 
 
 def _old_lists(

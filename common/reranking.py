@@ -11,8 +11,8 @@ import numpy as np
 
 from common.backends import Scorer
 from common.checkpoint import read_config
-from common.data.records import BadRows, json_rows, read_text
-from common.errors import UserError, listed
+from common.data.records import BadRows, is_unicode, json_rows, read_text
+from common.errors import UserError
 from common.hub import resolve_model
 from common.metrics.calibration import Confidence
 
@@ -44,12 +44,15 @@ def rerank(
 ) -> Ranking:
     """Rank passages (id -> text) by the full score, ties in their given order.
 
-    Raises UserError for an empty query and for no passages.
+    Raises UserError for an empty query, for no passages and for what is no Unicode text.
     """
     if not query.strip():
         raise UserError("the query is empty: give some words to rank by")
     if not passages:
         raise UserError("no passages to rank: give at least one")
+    for what, text in (("the query", query), *((f"passage {key}", text) for key, text in passages.items())):
+        if not is_unicode(text):
+            raise UserError(f"{what} holds bytes that are not UTF-8: {text[:40]!a}; give it as UTF-8 text")
     scores = scorer.score([query] * len(passages), list(passages.values()))
     values = scores.score.astype(np.float64)  # [N]
     if not np.isfinite(values).all():
@@ -104,11 +107,20 @@ def read_passages(path: str | Path) -> dict[str, str]:
     if path.removesuffix(".gz").endswith((".jsonl", ".json")):
         found = _json_passages(Path(path))
     else:
-        lines = (sys.stdin.read() if path == "-" else read_text(path)).splitlines()
+        lines = (_standard_input() if path == "-" else read_text(path)).split("\n")
         found = {str(number): line.strip() for number, line in enumerate(lines, 1) if line.strip()}
     if not found:
         raise UserError(f"{'standard input' if path == '-' else path}: no passages; give one a line")
     return found
+
+
+def _standard_input() -> str:
+    try:
+        text = sys.stdin.read()
+        text.encode()  # fails for the bytes that a C locale lets through
+    except UnicodeError:
+        raise UserError("standard input: not UTF-8; convert the passages to UTF-8") from None
+    return text
 
 
 def _json_passages(path: Path) -> dict[str, str]:
@@ -116,15 +128,17 @@ def _json_passages(path: Path) -> dict[str, str]:
     for number, (where, row) in enumerate(json_rows(path, bad), 1):
         fields = row if isinstance(row, dict) else {}
         text, title = fields.get("text"), fields.get("title") or ""
-        identity = str(fields.get("id", fields.get("_id", number)))
+        given = next((fields[key] for key in ("id", "_id") if fields.get(key) is not None), number)
+        identity = str(given)
         if not isinstance(text, str) or not isinstance(title, str) or not (title + text).strip():
             bad.add(where, 'expected an object {"id"?, "text", "title"?} with some text', "not a passage")
+        elif not isinstance(given, str | int):
+            bad.add(where, f"the id {given!r} is neither a text nor a whole number", "not an id")
         elif identity in found:
             bad.add(where, f"the id {identity!r} appears twice", "repeated id")
         else:
             found[identity] = " ".join(part.strip() for part in (title, text) if part.strip())
-    if bad.problems:
-        raise UserError(f"{len(bad.problems)} bad passage(s); mend them:\n{listed(bad.problems)}")
+    bad.raise_if_any("Mend them.")
     return found
 
 

@@ -25,6 +25,13 @@ Ids = np.ndarray  # int32 [S]
 
 PADDING, QUERY, PASSAGE = 0, 1, 2
 _PAD_TOKENS = ("[PAD]", "<pad>", "<|endoftext|>")
+_CONVERTED_FILES = (
+    "spm.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tokenizer.model",
+    "merges.txt",
+)
 _COPIED_FILES = (
     "vocab.txt",
     "special_tokens_map.json",
@@ -164,7 +171,9 @@ class PairTokenizer:
         """Write the tokenizer files of a checkpoint directory.
 
         tokenizer.json gives `passage_segment` to the passage of a pair, and tokenizer_config.json asks for
-        token types only when that is 1, so that every program feeds the model what it was trained on.
+        token types only when that is 1, so that every program feeds the model what it was trained on. Other
+        programs cut a pair as a whole, at model_max_length; we cut query and passage apart. Their input is
+        ours only for pairs that neither limit cuts.
         """
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
@@ -292,8 +301,13 @@ def _load_tokenizer(directory: Path, settings: dict[str, Any]) -> Tokenizer:
         tokenizer = _readable(directory / "tokenizer.json", lambda path: FastTokenizer.from_file(str(path)))
     elif (directory / "vocab.txt").is_file():
         tokenizer = _readable(directory / "vocab.txt", lambda path: _from_vocabulary(path, settings))
-    else:
+    elif any((directory / name).is_file() for name in _CONVERTED_FILES):
         tokenizer = _readable(directory, _through_transformers)
+    else:
+        raise UserError(
+            f"{directory}: holds no tokenizer; looked for tokenizer.json, vocab.txt, "
+            f"{', '.join(_CONVERTED_FILES)}. Copy the file from where the model came."
+        )
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

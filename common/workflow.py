@@ -80,6 +80,7 @@ def train_recipe(
     finished = None if options.fresh else finished_results(options.runs, config.name, recipe, fingerprint)
     if finished is not None:
         return TrainedRun(place, finished["first_stage"], finished["tables"], True)
+    check_splits(config, data, options.evaluate_test)
     base = resolve_base(config, say=lambda _: None)  # a wrong name fails before any work
     if base.absolute().is_relative_to(place.absolute()):
         raise UserError(
@@ -88,8 +89,6 @@ def train_recipe(
         )
     encoder = load_encoder(config.data.encoder, options.backend, say=say)
     prepared = prepare(config, encoder, data, old, say=say)
-    if options.evaluate_test:
-        prepared.data.split(config.data.test_split)  # a wrong name fails before training
     device = accelerator(options.backend)
     say(environment_line(environment(device)))
     trainer = load_trainer(options.backend)(config, prepared, say=say)
@@ -129,6 +128,18 @@ def train_recipe(
                 say(table.text())
         write_report(folder.path)
     return TrainedRun(folder.path, prepared.first_stage, shown, False)
+
+
+def check_splits(config: RerankerConfig, data: RankingData, test: bool) -> None:
+    """Raise a UserError for a split that the data lacks, before any work."""
+    for split in (config.data.train_split, config.data.dev_split):
+        data.split(split)
+    if not test:
+        return
+    try:
+        data.split(config.data.test_split)
+    except UserError as error:
+        raise UserError(f"{error} Or train without a test: --no-evaluate-test.") from None
 
 
 def analyse_original(

@@ -22,7 +22,7 @@ from common.analysis_view import analysis_tables
 from common.backends import load_encoder, load_scorer
 from common.config import FirstStage
 from common.data.records import OnBadRow
-from common.data.sources import load_ranking_data
+from common.data.sources import load_split_data
 from common.errors import UserError, run_command
 from common.evaluation import chosen_qrels
 from common.hub import resolve_model
@@ -38,6 +38,7 @@ class Args:
     data: str = "pydocs"
     """`pydocs`, a file of triples, a BEIR or TREC folder, or a hub dataset."""
     split: str = "test"
+    """Whose queries; `all` takes every query of a file of triples or of a folder with one split, uncut."""
     on_bad_row: OnBadRow = "error"
     first_stage: FirstStage = "rrf"
     """Whose candidates are analysed."""
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{directory}: is no run's checkpoint, so there is no run's folder: name one with --out"
         )
     scorer = load_scorer(directory, args.backend, say=lambda _: None)
-    data = load_ranking_data(args.data, on_bad_row=args.on_bad_row)
+    data = load_split_data(args.data, args.split, on_bad_row=args.on_bad_row)
     encoder = None if args.encoder == "none" else load_encoder(args.encoder, args.backend, say=say)
     cache = args.cache or cache_root()
     analysis = analyse(

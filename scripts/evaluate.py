@@ -20,7 +20,7 @@ import tyro
 from common.backends import Encoder, Scorer, accelerator, load_encoder, load_scorer
 from common.config import FirstStage
 from common.data.records import OnBadRow, RankingData
-from common.data.sources import load_ranking_data, read_trec_run
+from common.data.sources import load_split_data, read_trec_run
 from common.errors import UserError, run_command
 from common.evaluation import Table, chosen_qrels, evaluate, held_out, write_output
 from common.metrics.ranking import DEFAULT_METRICS
@@ -36,6 +36,7 @@ class Args:
     data: str = "pydocs"
     """`pydocs`, a file of triples, a BEIR or TREC folder, a hub dataset; several joined by `+`."""
     split: str = "test"
+    """Whose queries; `all` takes every query of a file of triples or of a folder with one split, uncut."""
     on_bad_row: OnBadRow = "error"
     first_stage: tuple[FirstStage, ...] = ("rrf",)
     """Whose candidates are reranked; several give a block of rows each."""
@@ -50,7 +51,7 @@ class Args:
     max_queries: int | None = None
     """Only the first queries by id."""
     metrics: tuple[str, ...] = DEFAULT_METRICS
-    """ir-measures names; the first one is tested. R@k and Success@k above the depth are shown at it."""
+    """ir-measures names; the first one is tested. R@k and Success@k beyond the depth are named by it."""
     encoder: str = "default"
     """Bi-encoder of the dense first stage; `none` leaves BM25 alone."""
     backend: Literal["auto", "jax", "mlx"] = "auto"
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = tyro.cli(Args, description=__doc__, args=argv).validate()
     say = functools.partial(print, file=sys.stderr)
     scorers = [load_scorer(model, args.backend, say=say) for model in args.models]
-    data = load_ranking_data(args.data, on_bad_row=args.on_bad_row)
+    data = load_split_data(args.data, args.split, on_bad_row=args.on_bad_row)
     if data.parts and (args.run or args.qrels):
         raise UserError("--run and --qrels belong to one source: give --data a single one")
     encoder = None
@@ -118,8 +119,9 @@ def evaluate_source(
     args: Args, data: RankingData, scorers: Sequence[Scorer], encoder: Encoder | None
 ) -> Table:
     """The table of one source."""
+    say = functools.partial(print, file=sys.stderr)
     cache = args.cache or cache_root()
-    qrels = chosen_qrels(data, args.split, args.qrels, args.max_queries)
+    qrels = chosen_qrels(data, args.split, args.qrels, args.max_queries, say=say)
     if args.run is not None:
         stages, pools = {"run": read_trec_run(args.run)}, ("run",)
     else:

@@ -178,11 +178,21 @@ def related_queries(
 def write_lists(lists: Sequence[TrainingList], directory: str | Path) -> Path:
     """Write the lists to a folder of `directory` named by their content, and return it.
 
-    The same lists are written once; several processes may write at the same time.
+    The same lists are written once; several processes may write at the same time. UserError when the folder
+    cannot be written.
     """
+    try:
+        return _write_lists(lists, Path(directory))
+    except OSError as error:  # TFDS's own for a full disk has neither a number nor a file
+        raise UserError(
+            f"{directory}: the training lists cannot be written ({error}). Free some space or mend the "
+            "folder, or name another with $RESONANCE_CACHE; the same command then goes on."
+        ) from error
+
+
+def _write_lists(lists: Sequence[TrainingList], directory: Path) -> Path:
     import tensorflow_datasets as tfds
 
-    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     place = directory / hashlib.sha256("".join(map(repr, lists)).encode()).hexdigest()[:16]
     if place.exists():

@@ -20,6 +20,7 @@ from common.errors import UserError, listed
 Run = dict[str, dict[str, float]]  # query id -> passage id -> score, higher first
 Qrels = dict[str, dict[str, int]]  # query id -> passage id -> grade, grade > 0 is relevant
 OnBadRow = Literal["error", "skip"]
+MAX_GRADE = 1000  # trec_eval adds up grades in 32 bits
 TRIPLE_FIELDS = ("query", "positive", "negative", "scores", "positive_scores", "negative_scores")
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # a pair of these escapes is one character
 
@@ -57,8 +58,9 @@ class RankingData:
         """Judgements of one split. Raises UserError when there is none of this name."""
         if name not in self.qrels:
             raise UserError(
-                f"{self.name}: no split {name!r}; it has {', '.join(sorted(self.qrels)) or 'none'}. "
-                "Name one of these in the data settings, or train without a test split: --no-evaluate-test."
+                f"{self.name}: no split {name!r}; it has {', '.join(sorted(self.qrels)) or 'none'}. Name one "
+                "of these (in a recipe data.train_split, data.dev_split, data.test_split, retrain.old_split; "
+                "elsewhere --split), or give the data judgements of this name."
             )
         return self.qrels[name]
 
@@ -82,11 +84,13 @@ class RankingData:
                 f"negatives of {query!r}: unknown passage {p!r}" for p in passages if p not in self.corpus
             ]
         if problems:
-            raise UserError(
-                f"{self.name}: {len(problems)} problem(s):\n{listed(problems)}\n"
-                "Mend the files; rows that name what is unknown can be left out: on_bad_row=skip."
-            )
+            raise UserError(f"{self.name}: {len(problems)} problem(s):\n{listed(problems)}\nMend the data.")
         return self
+
+    def shared_queries(self, split: str, other: str) -> int:
+        """How many queries of `other` are asked in `split` too, in the same words."""
+        asked = {same_words(self.queries[query]) for query in self.split(split)}
+        return sum(same_words(self.queries[query]) in asked for query in self.split(other))
 
     def _unknown_ids(self, split: str, qrels: Qrels) -> Iterator[str]:
         for query, grades in qrels.items():
@@ -112,13 +116,12 @@ class BadRows:
         self.dropped[reason] += 1
         self.problems.append(f"{where}: {what}")
 
-    def raise_if_any(self) -> None:
-        """Raise one UserError with the first 20 rows, unless rows are to be skipped."""
+    def raise_if_any(
+        self, remedy: str = "Mend them, or leave them out: on_bad_row=skip (the flag on-bad-row skip)."
+    ) -> None:
+        """Raise one UserError with the first 20 rows and the remedy, unless rows are to be skipped."""
         if self.problems and not self.skip:
-            raise UserError(
-                f"{len(self.problems)} bad row(s):\n{listed(self.problems)}\n"
-                "Mend them, or leave them out: on_bad_row=skip (the flag on-bad-row skip)."
-            )
+            raise UserError(f"{len(self.problems)} bad row(s):\n{listed(self.problems)}\n{remedy}")
 
 
 @dataclass(frozen=True)
@@ -173,16 +176,23 @@ def json_rows(path: Path, bad: BadRows) -> Iterator[tuple[str, Any]]:
             continue
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
-            bad.add(f"{path}:{number}", f"not JSON: {error.msg}", "not JSON")
+        except (ValueError, RecursionError) as error:
+            bad.add(f"{path}:{number}", f"not JSON: {_why(error)}", "not JSON")
             continue
-        if _HALF_CHARACTER.search(line) and not _is_unicode(value):
+        if _HALF_CHARACTER.search(line) and not is_unicode(value):
             bad.add(f"{path}:{number}", "half a character (a lone \\ud800-\\udfff escape)", "not Unicode")
             continue
         yield f"{path}:{number}", value
 
 
-def _is_unicode(value: Any) -> bool:
+def _why(error: ValueError | RecursionError) -> str:
+    """What Python's parser did not take: a mistake, a number of too many digits, brackets too deep."""
+    if isinstance(error, RecursionError):
+        return "brackets are nested too deep"
+    return error.msg if isinstance(error, json.JSONDecodeError) else "a number has too many digits"
+
+
+def is_unicode(value: Any) -> bool:
     """Whether every text of a JSON value can be written as UTF-8."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
@@ -196,14 +206,19 @@ def _array_rows(path: Path, text: str, bad: BadRows) -> Iterator[tuple[str, Any]
         json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not a JSON array: {error.msg}. Mend it.") from None
+    except (ValueError, RecursionError):
+        pass  # its row is found below
     decoder, at, line = json.JSONDecoder(), text.index("[") + 1, 1 + text.count("\n", 0, text.index("["))
     while True:
         start = _next_value(text, at)
         if text[start] == "]":
             return
         line += text.count("\n", at, start)
-        value, at = decoder.raw_decode(text, start)
-        if _HALF_CHARACTER.search(text, start, at) and not _is_unicode(value):
+        try:
+            value, at = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError) as error:  # where the row ends is not known either
+            raise UserError(f"{path}:{line}: not JSON: {_why(error)}. Mend it.") from None
+        if _HALF_CHARACTER.search(text, start, at) and not is_unicode(value):
             bad.add(f"{path}:{line}", "half a character (a lone \\ud800-\\udfff escape)", "not Unicode")
         else:
             yield f"{path}:{line}", value
@@ -272,13 +287,16 @@ def _texts_of(row: Mapping[str, Any], key: str) -> tuple[str, ...]:
 
 
 def _grades_of(row: Mapping[str, Any], count: int) -> tuple[int, ...]:
-    """`scores`: a whole-number grade above 0 for each positive; 1 without it."""
+    """`scores`: a whole-number grade from 1 to MAX_GRADE for each positive; 1 without it."""
     scores = row.get("scores")
     if scores is None:
         return (1,) * count
     scores = scores if isinstance(scores, list | tuple) else [scores]
-    if len(scores) != count or not all(type(s) in (int, float) and s > 0 and s % 1 == 0 for s in scores):
-        raise ValueError(f"'scores' must be {count} whole number(s) above 0, one for each positive")
+    whole = all(type(s) in (int, float) and 0 < s <= MAX_GRADE and s % 1 == 0 for s in scores)
+    if len(scores) != count or not whole:
+        raise ValueError(
+            f"'scores' must be {count} whole number(s) from 1 to {MAX_GRADE}, one for each positive"
+        )
     return tuple(int(s) for s in scores)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from common.data.combined import combine, source_name
 from common.data.records import (
+    MAX_GRADE,
     BadRows,
     OnBadRow,
     Qrels,
@@ -31,6 +32,7 @@ from common.data.records import (
 )
 from common.errors import UserError, listed
 
+Texts = tuple[Mapping[str, str], Mapping[str, str]]  # of queries and of passages, by id
 SPLIT_NAMES = {"qrels": "test", "valid": "dev", "validation": "dev", "val": "dev", "development": "dev"}
 _LIMITED = re.compile(r"(.+)@(\d+)$")  # a source and how many of its training queries are kept
 TRIPLE_COLUMNS = {"query": ("query", "anchor", "question"), "positive": ("positive", "answer", "passage")}
@@ -134,6 +136,21 @@ def _load_several(name: str, load: Callable[[str], RankingData]) -> RankingData:
     return combine(parts, limits)
 
 
+def load_split_data(name: str, split: str, *, on_bad_row: OnBadRow = "error") -> RankingData:
+    """Ranking data to rank a split of. The split `all` is all judged queries of a file, or of a folder with
+    judgements of one split: nothing is cut. Raises UserError where there are several splits.
+    """
+    if split != "all":
+        return load_ranking_data(name, on_bad_row=on_bad_row)
+    data = load_ranking_data(name, on_bad_row=on_bad_row, dev_fraction=0.0, test_fraction=0.0)
+    if len(data.qrels) > 1 and "all" not in data.qrels:
+        raise UserError(
+            f"{data.name}: --split all is for data of one split, and this has "
+            f"{', '.join(sorted(data.qrels))}. Name one of these."
+        )
+    return data if "all" in data.qrels else replace(data, qrels={"all": next(iter(data.qrels.values()))})
+
+
 def cut_splits(data: RankingData, dev_fraction: float, test_fraction: float, seed: int) -> RankingData:
     """Cut the splits that `data` lacks from its train split: `test` only when it has no split but train.
 
@@ -218,9 +235,7 @@ def _load_folder(folder: Path, bad: BadRows, labels: bool = True) -> RankingData
         )
     corpus = _texts(json_rows(corpus_file, bad), bad, "passage")
     queries = _texts(json_rows(queries_file, bad), bad, "query")
-    qrels = {split: _judgements(path, bad) for split, path in qrels_files.items()}
-    if bad.skip:
-        qrels = {split: _known(part, corpus, queries, bad) for split, part in qrels.items()}
+    qrels = {split: _judgements(path, bad, (queries, corpus)) for split, path in qrels_files.items()}
     bad.raise_if_any()
     return RankingData(folder.name, corpus, queries, qrels, dropped=dict(bad.dropped))
 
@@ -266,16 +281,14 @@ def _texts(rows: Iterable[tuple[str, Any]], bad: BadRows, what: str) -> dict[str
     return found
 
 
-def _known(qrels: Qrels, corpus: Mapping[str, str], queries: Mapping[str, str], bad: BadRows) -> Qrels:
-    """Judgements of known queries and passages; the others are counted."""
-    kept: Qrels = {}
-    for query, grades in qrels.items():
-        known = {p: g for p, g in grades.items() if p in corpus and query in queries}
-        if len(known) < len(grades):
-            bad.dropped["judgement of an unknown id"] += len(grades) - len(known)
-        if known:
-            kept[query] = known
-    return kept
+def _known(query: str, passage: str, texts: Texts, where: str, bad: BadRows) -> bool:
+    """Whether a judgement's query and passage have a text; a bad row otherwise."""
+    queries, corpus = texts
+    if query in queries and passage in corpus:
+        return True
+    unknown = f"document {passage!r}" if query in queries else f"query {query!r}"
+    bad.add(where, f"unknown {unknown}", "judgement of an unknown id")
+    return False
 
 
 # --- judgements and runs ---
@@ -300,15 +313,18 @@ def read_qrels(path: str | Path) -> Qrels:
 def _read_qrels(path: Path, parse: Callable[[str], tuple[str, str, int]]) -> Qrels:
     bad = BadRows("error")
     qrels = _collect_qrels(path, parse, bad)
-    bad.raise_if_any()
+    bad.raise_if_any("Mend them.")
     return qrels
 
 
-def _judgements(path: Path, bad: BadRows) -> Qrels:
-    return _collect_qrels(path, _tsv_judgement if path.suffix == ".tsv" else _trec_judgement, bad)
+def _judgements(path: Path, bad: BadRows, texts: Texts) -> Qrels:
+    return _collect_qrels(path, _tsv_judgement if path.suffix == ".tsv" else _trec_judgement, bad, texts)
 
 
-def _collect_qrels(path: Path, parse: Callable[[str], tuple[str, str, int]], bad: BadRows) -> Qrels:
+def _collect_qrels(
+    path: Path, parse: Callable[[str], tuple[str, str, int]], bad: BadRows, texts: Texts | None = None
+) -> Qrels:
+    """Judgements of a file; with `texts`, those of ids that these lack are bad rows."""
     qrels: Qrels = {}
     for number, line in _lines(path):
         if number == 1 and line.split("\t")[0].strip().lower() in ("query-id", "query_id", "qid"):
@@ -317,6 +333,8 @@ def _collect_qrels(path: Path, parse: Callable[[str], tuple[str, str, int]], bad
             query, passage, grade = parse(line)
         except ValueError as error:
             bad.add(f"{path}:{number}", str(error), "not a judgement")
+            continue
+        if texts is not None and not _known(query, passage, texts, f"{path}:{number}", bad):
             continue
         known = qrels.setdefault(query, {}).setdefault(passage, max(grade, 0))
         if known != max(grade, 0):
@@ -342,11 +360,11 @@ def _trec_judgement(line: str) -> tuple[str, str, int]:
 def _grade(text: str) -> int:
     try:
         grade = float(text)
-        if grade == int(grade):
+        if grade == int(grade) and grade <= MAX_GRADE:
             return int(grade)
     except (ValueError, OverflowError):
         pass
-    raise ValueError(f"the grade {text.strip()!r} is not a whole number")
+    raise ValueError(f"the grade {text.strip()!r} is not a whole number up to {MAX_GRADE}")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -371,7 +389,7 @@ def read_trec_run(path: str | Path) -> Run:
         if passage in run.setdefault(query, {}):
             bad.add(f"{path}:{number}", f"passage {passage!r} twice for query {query!r}", "repeated passage")
         run[query][passage] = float(score)
-    bad.raise_if_any()
+    bad.raise_if_any("Mend them.")
     return run
 
 
@@ -409,7 +427,7 @@ def _load_hub(name: str, bad: BadRows, cache_dir: str | Path | None) -> RankingD
         import datasets
     except ImportError:
         raise UserError(
-            f"{name}: hub datasets need the library `datasets`: pip install 'resonance[hub]'."
+            f"{name}: hub datasets need the library `datasets`: pip install -e '.[hub]'."
         ) from None
     path = Path(name).absolute()
     place, _, config = (name, "", "") if path.exists() else name.partition(":")
@@ -481,11 +499,12 @@ def _hub_collection(
         for where, row in _numbered(name, {split: rows}):
             try:
                 grade = max(_grade(str(row["score"])), 0)
-                found.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = grade
+                query, passage = str(row["query-id"]), str(row["corpus-id"])
             except (KeyError, ValueError) as error:
                 bad.add(where, f"expected query-id, corpus-id, score: {error}", "not a judgement")
-    if bad.skip:
-        qrels = {split: _known(part, passages, asked, bad) for split, part in qrels.items()}
+                continue
+            if _known(query, passage, (asked, passages), where, bad):
+                found.setdefault(query, {})[passage] = grade
     bad.raise_if_any()
     return RankingData(name, passages, asked, qrels, dropped=dict(bad.dropped))
 

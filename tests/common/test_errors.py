@@ -19,6 +19,11 @@ class JaxRuntimeError(RuntimeError):
         (UserError("no file x"), 2, "error: no file x"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 2, "Free some space"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/cache/x"),
+            2,
+            "'/cache/x'. Mend its permissions",
+        ),
         (MemoryError(), 2, "out of memory; lower data.max_passage_tokens"),
         (JaxRuntimeError("RESOURCE_EXHAUSTED: 12 GiB"), 2, "out of memory"),
     ],

@@ -225,3 +225,16 @@ def test_a_retraining_begins_with_a_checkpoint_of_ours(world: World) -> None:
 
 def _ready(world: World, config: RerankerConfig) -> tuple[Prepared, PairTokenizer]:
     return prepare(config, load_encoder(world.base), say=lambda _: None), PairTokenizer(world.base, 64, 24)
+
+
+def test_test_queries_that_training_asks_too_are_counted_once(world: World, tmp_path: Path) -> None:
+    config = world.config()
+    data = load_data(config.data)
+    (asked, *_), (other, *_) = data.qrels["train"], data.qrels["test"]
+    shared = replace(data, queries={**data.queries, other: data.queries[asked].upper()})
+    for given, count in ((data, 0), (shared, 1)):
+        said: list[str] = []
+        prepare(config, load_encoder(world.base), given, say=said.append)
+        warnings = [line for line in said if "same words" in line]
+        assert len(warnings) == count
+    assert f"1 of {len(data.qrels['test'])} test queries" in warnings[0]

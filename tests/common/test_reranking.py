@@ -69,9 +69,9 @@ def test_only_the_first_lines_and_words_are_shown() -> None:
 
 
 def test_passages_from_lines_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "p.txt").write_text("first\n\n third \n")
-    assert read_passages(tmp_path / "p.txt") == {"1": "first", "3": "third"}
-    rows = [{"id": "x", "text": "body", "title": "Head"}, {"text": "alone"}]
+    (tmp_path / "p.txt").write_bytes("first\r\n\n third\fpage\u2028of it \n".encode())
+    assert read_passages(tmp_path / "p.txt") == {"1": "first", "3": "third\fpage\u2028of it"}
+    rows = [{"id": "x", "text": "body", "title": "Head"}, {"id": None, "text": "alone"}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert read_passages(tmp_path / "p.jsonl") == {"x": "Head body", "2": "alone"}
     monkeypatch.setattr("sys.stdin", io.StringIO("typed\n"))
@@ -80,11 +80,30 @@ def test_passages_from_lines_and_json(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_bad_passages_are_all_named(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
-    file.write_text('{"text": ""}\n{"id": 1, "text": "a"}\n"text"\n{"id": "1", "text": "b"}\n')
+    file.write_text(
+        '{"text": ""}\n{"id": 1, "text": "a"}\n"text"\n{"id": "1", "text": "b"}\n{"id": [2], "text": "c"}\n'
+    )
     with pytest.raises(UserError) as caught:
         read_passages(file)
-    for problem in ("3 bad passage", ":1: expected", ":3: expected", ":4: the id '1' appears twice"):
+    for problem in (
+        "4 bad row",
+        ":1: expected",
+        ":3: expected",
+        ":4: the id '1' appears twice",
+        ":5: the id",
+    ):
         assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # of a UTF-8 locale, and of the C locale
+def test_bytes_that_are_not_utf8_are_refused(monkeypatch: pytest.MonkeyPatch, errors: str) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8", errors))
+    with pytest.raises(UserError, match="standard input: not UTF-8"):
+        read_passages("-")
+    with pytest.raises(UserError, match="the query holds bytes that are not UTF-8"):
+        rerank(Lengths(), "caf\udce9", {"a": "b"})
+    with pytest.raises(UserError, match="passage a holds bytes that are not UTF-8"):
+        rerank(Lengths(), "q", {"a": "caf\udce9"})
 
 
 def test_nothing_to_rank_is_refused(tmp_path: Path) -> None:

@@ -232,3 +232,10 @@ def test_the_tokenizer_of_deberta_v3_reads_as_sentencepiece_does(tmp_path: Path,
     texts = ["What does `os.path.join` do?", "  naïve café…  №5 ﬁne\n\tＡＢ 한국어 日本語", "x" * 300]
     for text, encoded in zip(texts, PairTokenizer(tmp_path).encode_texts(texts, 400), strict=True):
         assert encoded.ids.tolist() == [1, *oracle.encode(text), 2]
+
+
+def test_a_directory_without_tokenizer_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    with pytest.raises(UserError, match=r"holds no tokenizer; looked for tokenizer\.json, vocab\.txt, spm"):
+        PairTokenizer(tmp_path)

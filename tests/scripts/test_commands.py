@@ -196,6 +196,21 @@ def test_judged_candidates_are_exactly_the_judged(project: Project, tmp_path: Pa
     assert stored["rows"] and all(row["means"]["R@12"] == 1.0 for row in stored["rows"])
 
 
+def test_a_whole_file_is_evaluated_as_the_split_all(project: Project, tmp_path: Path) -> None:
+    stored = json.loads(project.evaluate("--json", "-", "--split", "all", "--first-stage", "bm25"))
+    assert (stored["split"], stored["queries"]) == ("all", 60)
+
+
+def test_judged_queries_that_the_data_lacks_are_counted(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    qrels = load_ranking_data(str(project.world.data)).split("test")
+    lines = [f"{query} 0 {passage} 1\n" for query, grades in qrels.items() for passage in grades]
+    (tmp_path / "full.qrels").write_text("".join([*lines, "q_elsewhere 0 p 1\n"]))
+    project.evaluate("--qrels", tmp_path / "full.qrels", "--json", "-")
+    assert f"1 of its {len(qrels) + 1} queries are not in data and left out" in capsys.readouterr().err
+
+
 def test_a_trec_run_and_official_judgements(project: Project, tmp_path: Path) -> None:
     data = load_ranking_data(str(project.world.data))
     qrels = data.split("test")
@@ -357,7 +372,8 @@ def test_without_an_encoder_there_is_bm25_only(project: Project) -> None:
             r"data '\./no': no file or folder",
         ),
         (["--data", "./no.jsonl"], r"data '\./no\.jsonl': no file or folder"),
-        (["--data.test-split", "tset"], "no split 'tset'; it has dev, test, train"),
+        (["--data.test-split", "tset"], "no split 'tset'; it has dev, test, train.*--no-evaluate-test"),
+        (["--data.dev-split", "vde"], r"no split 'vde'; it has dev, test, train[^!]*of this name\.$"),
         (["--trian.epochs", "3"], "did you mean --train.epochs"),
     ],
 )

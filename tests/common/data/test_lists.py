@@ -146,6 +146,17 @@ def test_a_file_gives_back_what_was_written_in_order_and_is_written_once(tmp_pat
     assert list(stored) == first and len(list(tmp_path.iterdir())) == 2  # and nothing half-made
 
 
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorflow_datasets as tfds
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/lists: the training lists cannot.*\$RESONANCE_CACHE"):
+        write_lists(some_lists(3, 0), tmp_path / "file" / "lists")
+    monkeypatch.setattr(tfds.core.utils, "has_sufficient_disk_space", lambda *_, **__: False)
+    with pytest.raises(UserError, match=r"cannot be written \(Not enough disk space.*Free some space"):
+        write_lists(some_lists(3, 0), tmp_path / "lists")
+
+
 def test_several_processes_may_write_the_same_lists_at_once(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from tests.common.data.test_lists import some_lists; "

@@ -54,8 +54,9 @@ def test_fingerprint_changes_with_content(change: dict[str, Any]) -> None:
 
 def test_unknown_split_names_those_there_are() -> None:
     assert small_data().split("test") == {"q2": {"p3": 2}}
-    with pytest.raises(UserError, match=r"no split 'dev'.*test, train"):
+    with pytest.raises(UserError, match=r"no split 'dev'.*test, train\..*data\.dev_split.*--split") as caught:
         small_data().split("dev")
+    assert "no-evaluate-test" not in str(caught.value)  # no way out for dev, nor a flag of every command
 
 
 def test_qrels_of_unknown_documents_are_listed_up_to_twenty() -> None:
@@ -75,8 +76,15 @@ def test_qrels_of_an_unknown_query_are_refused() -> None:
 
 @pytest.mark.parametrize("qrels", [{}, {"q1": {"p1": 0}}], ids=["empty", "only zeros"])
 def test_split_without_a_positive_is_refused(qrels: dict[str, dict[str, int]]) -> None:
-    with pytest.raises(UserError, match="split 'dev': no query has a passage with a grade above 0"):
+    with pytest.raises(UserError, match="split 'dev': no query has a passage with a grade above 0") as caught:
         replace(small_data(), qrels={"dev": qrels}).validate()
+    assert "on_bad_row" not in str(caught.value)  # leaving rows out gives no positive
+
+
+def test_queries_of_the_same_words_in_two_splits_are_counted() -> None:
+    assert small_data().shared_queries("train", "test") == 0
+    data = replace(small_data(), queries={"q1": "Sort a  list", "q2": "sort a list"})
+    assert data.shared_queries("train", "test") == 1
 
 
 def test_empty_passages_and_queries_are_refused() -> None:
@@ -132,6 +140,9 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ({"query": "q", "positive": "a", "negatives": "b"}, "unknown field 'negatives'"),
     ({"query": "q", "positive": "a", "scores": [1, 2]}, "'scores' must be 1 whole number"),
     ({"query": "q", "positive": "a", "scores": [0]}, "'scores' must be 1 whole number"),
+    ({"query": "q", "positive": "a", "scores": [3e9]}, "'scores' must be 1 whole number(s) from 1 to 1000"),
+    (f'{{"query": "q", "positive": {"1" * 5000}}}', "not JSON: a number has too many digits"),
+    ("[" * 100_000, "not JSON: brackets are nested too deep"),
     ({"query": "q", "positive": "a", "scores": [True]}, "'scores' must be 1 whole number"),
     ({"query": "q", "positive": "a", "positive_scores": [1, 2]}, "'positive_scores' must be 1 number"),
     ({"query": "q", "positive": "a", "negative_scores": "high"}, "'negative_scores' must be 0 number"),
@@ -169,6 +180,18 @@ def test_bad_row_of_a_json_array_has_its_line(tmp_path: Path) -> None:
     path.write_text('[\n {"query": "a",\n  "positive": "b"},\n\n {"query": "c"}\n]\n')
     with pytest.raises(UserError, match=r"rows\.json:5: 'positive' has no passage"):
         parse_triples(path)
+
+
+@pytest.mark.parametrize(
+    "value, what", [("1" * 5000, "a number has too many digits"), ("[" * 100_000, "nested too deep")]
+)
+def test_a_value_of_a_json_array_that_python_cannot_hold_has_its_line(
+    tmp_path: Path, value: str, what: str
+) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(f'[\n {{"query": "a", "positive": "b"}},\n {{"query": {value}}}\n]\n')
+    with pytest.raises(UserError, match=rf"rows\.json:3: not JSON: .*{what}"):
+        parse_triples(path, "skip")
 
 
 def test_broken_json_array_has_its_line(tmp_path: Path) -> None:

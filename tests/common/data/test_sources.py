@@ -11,6 +11,7 @@ import pytest
 
 from common.data.sources import (
     load_ranking_data,
+    load_split_data,
     read_trec_qrels,
     read_trec_run,
     read_tsv_qrels,
@@ -168,9 +169,31 @@ def test_bad_rows_are_counted_when_skipped(beir: Path) -> None:
 
 
 def test_judgements_of_unknown_documents_are_refused(beir: Path) -> None:
-    write_qrels(beir, "test", ["q40\tt\t1", "q40\tlost\t1"])
-    with pytest.raises(UserError, match="qrels 'test', query 'q40': unknown document 'lost'"):
+    write_qrels(beir, "test", ["q40\tt\t1", "q40\tlost\t1", "q99\tt\t1", *["q40\tgone\t1"] * 20])
+    with pytest.raises(UserError) as caught:
         load_ranking_data(str(beir))
+    message, file = str(caught.value), beir / "qrels" / "test.tsv"
+    assert message.startswith("22 bad row(s)") and "and 2 more" in message and "on_bad_row=skip" in message
+    assert f"{file}:3: unknown document 'lost'" in message and f"{file}:4: unknown query 'q99'" in message
+
+
+def test_a_grade_that_trec_eval_cannot_add_up_is_refused(beir: Path) -> None:
+    write_qrels(beir, "test", ["q40\tt\t3e9"])
+    with pytest.raises(UserError, match=r"test\.tsv:2: the grade '3e9' is not a whole number up to 1000"):
+        load_ranking_data(str(beir))
+
+
+def test_the_split_all_is_every_query_of_data_with_one_split(beir: Path) -> None:
+    write_jsonl(beir / "one.jsonl", [{"query": "q", "positive": "p"}])
+    data = load_split_data(str(beir / "one.jsonl"), "all")
+    assert {data.queries[query] for query in data.split("all")} == {"q"} and set(data.qrels) == {"all"}
+    with pytest.raises(UserError, match=r"--split all is for data of one split, and this has test, train"):
+        load_split_data(str(beir), "all")
+    (beir / "qrels" / "train.tsv").unlink()
+    assert set(load_split_data(str(beir), "all").split("all")) == set(
+        load_ranking_data(str(beir)).split("test")
+    )
+    assert load_split_data(str(beir), "test") == load_ranking_data(str(beir))
 
 
 def test_split_without_positives_is_refused(beir: Path) -> None:
@@ -275,6 +298,7 @@ def test_bad_run_lines_are_reported(tmp_path: Path) -> None:
     assert f"{path}:2: expected `query Q0 passage rank score tag`" in message
     assert f"{path}:3: expected" in message
     assert f"{path}:4: passage 'a' twice for query 'q'" in message
+    assert "on_bad_row" not in message  # a run is read whole or not at all
 
 
 def test_judgement_files_of_both_forms(tmp_path: Path) -> None:
