@@ -168,6 +168,9 @@ class TrainConfig:
     """Off by default."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation; `auto` is bfloat16 for JAX on GPU, float32 elsewhere. Parameters stay float32."""
+    parallel: Literal["jit", "pmap"] = "jit"
+    """How a step is spread over several devices, JAX alone: `jit` over a mesh, or `pmap`. The same trajectory up
+    to rounding; on one device nothing differs."""
     seed: int = 0
     evaluations: int = 3
     """How often dev is scored during training, evenly spaced, the end included."""
@@ -331,6 +334,12 @@ class RunOptions:
     """Evaluate the test split at the end; without, a run ends with its checkpoints."""
     evaluate_start: bool = False
     """Put the untrained start into that table too."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where several processes train one run (JAX); under srun and mpirun it is found."""
+    processes: int | None = None
+    """How many processes there are, one command each, on one host or many."""
+    process: int | None = None
+    """Which of them this one is, from 0."""
 
 
 def _misfits(config: Any, prefix: str = "") -> Iterator[str]:

@@ -3,6 +3,8 @@
 example: python scripts/train.py --config configs/quantum_resonance.py --train.epochs 2
 
 A recipe's presets: --preset quick. Other data: --data FILE_OR_FOLDER. Beside an earlier run: --name NAME.
+Several GPUs of a host are used as they are. Several processes, on one host or many: `srun python scripts/train.py`, or
+in each --coordinator HOST:PORT --processes N --process I (docs/scaling.md).
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from pathlib import Path
 
 from common.analysis import analyse, write_analysis
 from common.analysis_view import analysis_tables
-from common.backends import load_encoder, load_scorer, load_trainer
-from common.config import RerankerConfig, parse_command, to_dict
+from common.backends import join_processes, load_encoder, load_scorer, load_trainer
+from common.config import RerankerConfig, RunOptions, parse_command, to_dict
 from common.errors import UserError, run_command
 from common.evaluation import evaluate_recipe
 from common.prepare import (
@@ -28,16 +30,33 @@ from common.prepare import (
     run_fingerprint,
 )
 from common.report import tables_text, write_report
+from common.processes import Launch, Processes
 from common.reranking import load_confidences
-from common.runs import RESULTS_FILE, RunFolder, environment, environment_line, finished_results
+from common.runs import (
+    RESULTS_FILE,
+    RunFolder,
+    WatchedRun,
+    environment,
+    environment_line,
+    finished_results,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     config, options = parse_command(__doc__ or "", argv)
+    launch = Launch(options.coordinator, options.processes, options.process)
+    processes = join_processes(options.backend, launch)
+    with processes.together():  # what is wrong in one process ends all
+        train(config, options, processes)
+
+
+def train(config: RerankerConfig, options: RunOptions, processes: Processes) -> None:
+    """Prepare, train and evaluate; of several processes the first writes, and evaluates alone."""
     data, old = load_data(config.data), load_old_data(config)
     recipe = to_dict(config)
     fingerprint = run_fingerprint(data, old)
-    finished = None if options.fresh else finished_results(options.runs, config.name, recipe, fingerprint)
+    with processes.together():
+        finished = None if options.fresh else finished_results(options.runs, config.name, recipe, fingerprint)
     if finished is not None:
         print(tables_text(finished["tables"]))
         print(f"{options.runs / config.name} is finished; --fresh starts it over, --name begins another.")
@@ -50,20 +69,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             "which the run would write over: choose another --name."
         )
     encoder = load_encoder(config.data.encoder, options.backend)
-    prepared = prepare(config, encoder, data, old)
+    prepared = processes.in_turn(lambda: prepare(config, encoder, data, old))
     if options.evaluate_test:
         prepared.data.split(config.data.test_split)  # a wrong name fails before training
     print(environment_line(environment()))
-    with RunFolder.create(
-        options.runs,
-        config.name,
-        recipe,
-        resume=not options.fresh,
-        data_fingerprint=fingerprint,
-    ) as folder:
-        if config.retrain.analyze_existing:
+    with run_folder(config, options, processes, fingerprint) as folder:
+        if config.retrain.analyze_existing and processes.first:
             analyse_original(config, prepared, folder, options.backend)
         summary = load_trainer(options.backend)(config, prepared, folder)
+        if not processes.first:
+            return
         if options.evaluate_test:
             scorers = [load_scorer(folder.best, options.backend)]
             confidences = load_confidences([folder.best], scorers)
@@ -80,6 +95,22 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(table.text())
         write_report(folder.path)
     print(next_steps(config, folder.path, prepared.first_stage))
+
+
+def run_folder(
+    config: RerankerConfig, options: RunOptions, processes: Processes, fingerprint: str
+) -> RunFolder:
+    """The run's folder: the first process owns it, the others know where it is."""
+    with processes.together():
+        if processes.first:
+            return RunFolder.create(
+                options.runs,
+                config.name,
+                to_dict(config),
+                resume=not options.fresh,
+                data_fingerprint=fingerprint,
+            )
+    return WatchedRun(options.runs / config.name)
 
 
 def analyse_original(config: RerankerConfig, prepared: Prepared, folder: RunFolder, backend: str) -> None:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Files of one tree alone.
 JAX_ONLY_FILES = {
     "losses/preservation.py",  # of retraining, as below
+    "training/parallel.py",  # a run of several devices or processes is JAX's; MLX has mx.distributed, for later
 }
 MLX_ONLY_FILES = {
     "models/layers.py",  # what flax.nnx brings: seeded layers with a computation dtype
@@ -30,7 +31,13 @@ RENAMED = {
 JAX_ONLY = {
     "models/bert.py: product",  # a gradient written for XLA's CPU; in MLX `@`
     "models/modernbert.py: layer_norm(rngs)",  # NNX asks for keys where nothing is drawn
-    "training/loop.py: Trainer.mesh",  # one device holds a Mac's arrays
+    # one device holds a Mac's arrays, and one process trains there
+    "training/loop.py: Trainer.processes",
+    "training/loop.py: Trainer.devices",
+    "training/step.py: loss_terms(axis)",
+    "training/step.py: make_step(devices)",
+    "training/step.py: split_batch(devices)",
+    "training/step.py: denominators(axis)",
     # retraining that preserves the original runs on JAX so far; MLX's loop refuses it
     "scoring.py: JaxOriginal",
     "scoring.py: JaxOriginal.identity",
@@ -45,7 +52,6 @@ JAX_ONLY = {
     "training/step.py: TrainState.fixed",
     "training/step.py: make_step(graphdef)",
     "training/step.py: make_step(optimizer)",
-    "training/step.py: make_step(placed)",
 }
 MLX_ONLY = {
     "models/bert.py: MASKED",  # JAX adds the least float32, which a fused kernel may turn into NaN

@@ -59,6 +59,10 @@ class Trainer:
                 "retraining that preserves the original runs on JAX so far: add --backend jax, or set "
                 "--retrain.preserve-knowledge 0 and --retrain.resonance-alignment 0."
             )
+        if config.train.parallel != "jit":
+            raise UserError(
+                f"train.parallel {config.train.parallel} is JAX's: add --backend jax, or leave it out."
+            )
         train, data = config.train, config.data
         self.dtype = default_dtype(train.precision)
         directory = resolve_base(config, say=say)
