@@ -169,8 +169,8 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation; `auto` is bfloat16 for JAX on GPU, float32 elsewhere. Parameters stay float32."""
     parallel: Literal["jit", "pmap"] = "jit"
-    """How a step is spread over several devices, JAX alone: `jit` over a mesh, or `pmap`. The same trajectory up
-    to rounding; on one device nothing differs."""
+    """How a step is spread over several devices, JAX alone: `jit` over a mesh, or `pmap`; the same trajectory up
+    to rounding."""
     seed: int = 0
     evaluations: int = 3
     """How often dev is scored during training, evenly spaced, the end included."""
@@ -335,7 +335,7 @@ class RunOptions:
     evaluate_start: bool = False
     """Put the untrained start into that table too."""
     coordinator: str | None = None
-    """HOST:PORT of process 0, where several processes train one run (JAX); under srun and mpirun it is found."""
+    """HOST:PORT of process 0, where several processes train one run (JAX); srun and mpirun tell it."""
     processes: int | None = None
     """How many processes there are, one command each, on one host or many."""
     process: int | None = None

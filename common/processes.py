@@ -77,8 +77,8 @@ class Processes:
 def launch(given: Launch, environment: Mapping[str, str] = os.environ) -> Launch | None:
     """How to join the other processes; None for a process alone. Raises UserError for half a description.
 
-    Flags first, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, then a SLURM step or an Open
-    MPI job of more than one task.
+    Flags first, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, then a SLURM step or an
+    Open MPI job of more than one task.
     """
     count, index = environment.get("JAX_NUM_PROCESSES"), environment.get("JAX_PROCESS_ID")
     found = Launch(

@@ -29,8 +29,8 @@ from common.prepare import (
     resolve_base,
     run_fingerprint,
 )
-from common.report import tables_text, write_report
 from common.processes import Launch, Processes
+from common.report import tables_text, write_report
 from common.reranking import load_confidences
 from common.runs import (
     RESULTS_FILE,

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Files of one tree alone.
 JAX_ONLY_FILES = {
     "losses/preservation.py",  # of retraining, as below
-    "training/parallel.py",  # a run of several devices or processes is JAX's; MLX has mx.distributed, for later
+    "training/parallel.py",  # several devices or processes are JAX alone; MLX has mx.distributed, for later
 }
 MLX_ONLY_FILES = {
     "models/layers.py",  # what flax.nnx brings: seeded layers with a computation dtype

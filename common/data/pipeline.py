@@ -347,7 +347,7 @@ class ListPlan:
         return queries, passages
 
     def _relatedness(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """float32 [R, B] of lists; a weight that either of the two states counts for both, and none for itself."""
+        """float32 [R, B] of lists; a weight that either of the two states counts for both, 0 for itself."""
         related = self.lists.related
         weights = [
             [0.0 if a == b else max(related[a].get(b, 0.0), related[b].get(a, 0.0)) for b in columns.tolist()]

@@ -97,8 +97,8 @@ class Trainer:
         with self.processes.together():
             if mine != theirs:
                 raise UserError(
-                    f"process {self.processes.index} has steps, lists and sum of parameters {mine}, the first "
-                    f"one {theirs}: give all processes the same command, files and versions."
+                    f"process {self.processes.index} has steps, lists and sum of parameters {mine}, the "
+                    f"first one {theirs}: give all processes the same command, files and versions."
                 )
 
     def _base_encoder(self, directory: Path) -> JaxEncoder | None:
@@ -182,7 +182,7 @@ class Trainer:
         return logged | {"real_tokens": batch.token_share}
 
     def _asked_to_stop(self, step: int, stop: list[bool]) -> bool:
-        """Whether Ctrl-C or SIGTERM came, in any process: to know it they meet, at every LOG_EVERY-th step."""
+        """Whether Ctrl-C or SIGTERM came, in any process: they meet at every LOG_EVERY-th step."""
         if self.processes.count > 1 and step % LOG_EVERY:
             return False
         return self.processes.any(stop[0])
@@ -342,8 +342,8 @@ class Trainer:
         if self.devices.count > 1 and part % self.devices.count:
             empty = -part % self.devices.count
             self.say(
-                f"{part} lists of a micro-batch leave {empty} of {part + empty} places on {self.devices.count} "
-                "devices empty: the same result, at the cost of a full batch"
+                f"{part} lists of a micro-batch leave {empty} of {part + empty} places on "
+                f"{self.devices.count} devices empty: the same result, at the cost of a full batch"
             )
         self.say(self.tokenizer.truncated)
 

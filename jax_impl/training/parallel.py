@@ -7,7 +7,6 @@ pmap with the same step body. Twin: none yet; MLX has mx.distributed.
 from __future__ import annotations
 
 import os
-
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
