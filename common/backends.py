@@ -18,6 +18,7 @@ from common.checkpoint import surviving
 from common.config import RerankerConfig
 from common.errors import UserError
 from common.hub import DEFAULT_MODEL, packaged_model, resolve_model
+from common.processes import Launch, Processes, launch
 
 # backend -> the framework that must be installed, the module that loads models, what to install
 _BACKENDS = {
@@ -113,6 +114,21 @@ def accelerator(backend: str = "auto") -> str | None:
     """The devices that a backend computes on, in words; None for the CPU."""
     found: str | None = _module(backend).accelerator()
     return found
+
+
+def join_processes(backend: str, given: Launch) -> Processes:
+    """The other processes of a run: as flags, environment or cluster say, and usually none. Raises UserError.
+
+    Before anything is computed: afterwards a process stays alone.
+    """
+    found = launch(given)
+    if found is None:
+        return Processes()
+    name = f"{_module(backend).__name__.partition('.')[0]}.training.parallel"
+    if importlib.util.find_spec(name) is None:
+        raise UserError("several processes train one run on JAX so far: add --backend jax")
+    processes: Processes = importlib.import_module(name).join(found)
+    return processes
 
 
 def checkpoint_name(directory: Path) -> str:

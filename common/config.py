@@ -196,6 +196,9 @@ class TrainConfig:
     separable_start: float = 0.0
     """Share of the steps, below 1, in which attention between query and passage opens linearly from none; 0
     is open from the first. Every evaluation is open. BERT, RoBERTa, XLM-R and ELECTRA only."""
+    parallel: Literal["jit", "pmap"] = "jit"
+    """How JAX spreads a step over several devices: `jit` over a mesh, or `pmap`; the same trajectory up to
+    rounding."""
     seed: int = 0
     evaluations: int = 3
     """How often dev is scored during training, evenly spaced, the end included."""
@@ -420,6 +423,12 @@ class RunOptions:
     """Evaluate the test split at the end; without, a run ends with its checkpoints."""
     evaluate_start: bool = False
     """Put the untrained start into that table too."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where several processes train one run (JAX); srun and mpirun tell it."""
+    processes: int | None = None
+    """How many processes there are, one command each, on one host or many."""
+    process: int | None = None
+    """Which of them this one is, from 0."""
 
 
 def _misfits(config: Any, prefix: str = "") -> Iterator[str]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+_hushed = False
 LINE_SECONDS = 20.0  # between lines where there is no terminal; shorter work says nothing
 
 
@@ -37,9 +38,18 @@ class Steps:
         return f"{clock((now - self._began) / (self._done - self._first) * (self._total - self._done))} left"
 
 
+def hush() -> None:
+    """Show no progress from here on: of several processes one speaks."""
+    global _hushed
+    _hushed = True
+
+
 @contextmanager
 def progress(total: int, what: str, *, start: int = 0) -> Iterator[Steps]:
     """Show that `what` goes on, until the block ends. `start` is where a resumed run begins."""
+    if _hushed:
+        yield Steps(total, start, lambda step, text: None)
+        return
     if not sys.stderr.isatty():
         yield Steps(total, start, _Lines(total, what))
         return

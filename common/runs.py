@@ -37,7 +37,7 @@ class RunFolder:
     One process owns it at a time. Use as a context manager, or call `close`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, owned: bool = True) -> None:
         """Open an existing folder; `create` makes or resumes one."""
         self.path = path
         self.state = path / "state"  # training state to resume from
@@ -48,7 +48,7 @@ class RunFolder:
         self._started = time.monotonic()
         self._board: Any = None
         self._purge_step: int | None = None
-        self._lock = _lock(path)
+        self._lock = _lock(path) if owned else -1
 
     @classmethod
     def create(
@@ -166,6 +166,23 @@ class RunFolder:
 
             self._board = SummaryWriter(str(self.path / "tb"), purge_step=self._purge_step, flush_secs=10)
         return self._board
+
+
+class WatchedRun(RunFolder):
+    """The folder of a run that another process owns: the same paths, and nothing is written."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, owned=False)
+
+    def log(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def rewind(self, step: int | None) -> None:
+        """Nothing."""
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> Path:
+        """Nothing."""
+        return self.path / name
 
 
 def read_metrics(directory: str | Path) -> list[Metrics]:

@@ -12,6 +12,7 @@ from common.backends import (
     accelerator,
     backend_name,
     checkpoint_identity,
+    join_processes,
     load_encoder,
     load_scorer,
     load_trainer,
@@ -31,9 +32,10 @@ from common.prepare import (
     resolve_base,
     run_fingerprint,
 )
+from common.processes import Launch, Processes
 from common.report import Table, tables_text, write_report
 from common.reranking import load_confidences
-from common.runs import RESULTS_FILE, RunFolder, environment, environment_line, finished_results
+from common.runs import RESULTS_FILE, RunFolder, WatchedRun, environment, environment_line, finished_results
 from common.training import verdict
 
 
@@ -74,10 +76,25 @@ def train_recipe(
     not trained again. Raises UserError for everything wrong with recipe, data or base.
     """
     config, options = config.validate(), options or RunOptions()
+    launched = Launch(options.coordinator, options.processes, options.process)
+    processes = join_processes(options.backend, launched)
+    with processes.together():  # what is wrong in one process ends all
+        return _train(config, options, processes, data, say)
+
+
+def _train(
+    config: RerankerConfig,
+    options: RunOptions,
+    processes: Processes,
+    data: RankingData | None,
+    say: Callable[[str], None],
+) -> TrainedRun:
+    """Of several processes the first writes, and evaluates alone."""
     data, old = data or load_data(config.data), load_old_data(config)
     recipe, place = to_dict(config), options.runs / config.name
     fingerprint = run_fingerprint(data, old)
-    finished = None if options.fresh else finished_results(options.runs, config.name, recipe, fingerprint)
+    with processes.together():
+        finished = None if options.fresh else finished_results(options.runs, config.name, recipe, fingerprint)
     if finished is not None:
         return TrainedRun(place, finished["first_stage"], finished["tables"], True)
     check_splits(config, data, options.evaluate_test)
@@ -88,27 +105,36 @@ def train_recipe(
             "which the run would write over: choose another --name."
         )
     encoder = load_encoder(config.data.encoder, options.backend, say=say)
-    prepared = prepare(config, encoder, data, old, say=say)
+    prepared = processes.in_turn(lambda: prepare(config, encoder, data, old, say=say))
     device = accelerator(options.backend)
     say(environment_line(environment(device)))
     trainer = load_trainer(options.backend)(config, prepared, say=say)
     shown: list[Table] = []
-    with RunFolder.create(
-        options.runs,
-        config.name,
-        recipe,
-        resume=not options.fresh,
-        data_fingerprint=fingerprint,
-        inputs={
-            "backend": backend_name(options.backend),
-            "base": checkpoint_identity(base),
-            "encoder": checkpoint_identity(resolve_model(config.data.encoder, say=lambda _: None)),
-        },
-        device=device,
-    ) as folder:
-        if config.retrain.analyze_existing:
+    inputs = {
+        "backend": backend_name(options.backend),
+        "base": checkpoint_identity(base),
+        "encoder": checkpoint_identity(resolve_model(config.data.encoder, say=lambda _: None)),
+    }
+    with processes.together():  # the first owns the folder, the others know where it is
+        opened = (
+            RunFolder.create(
+                options.runs,
+                config.name,
+                recipe,
+                resume=not options.fresh,
+                data_fingerprint=fingerprint,
+                inputs=inputs,
+                device=device,
+            )
+            if processes.first
+            else WatchedRun(place)
+        )
+    with opened as folder:
+        if config.retrain.analyze_existing and processes.first:
             analyse_original(config, prepared, folder, options.backend, say)
         summary = trainer.run(folder)
+        if not processes.first:
+            return TrainedRun(folder.path, prepared.first_stage, [], False)
         say(verdict(config, summary))
         if options.evaluate_test:
             scorers = [load_scorer(folder.best, options.backend, say=say)]

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Files of one tree alone.
-JAX_ONLY_FILES: set[str] = set()
+JAX_ONLY_FILES = {"training/parallel.py"}  # devices of a host and of others; MLX: training/distributed.py
 MLX_ONLY_FILES = {
     "models/layers.py",  # what flax.nnx brings: seeded layers with a computation dtype
     "train.py",  # the command of the Mac user
@@ -31,13 +31,18 @@ RENAMED = {
 JAX_ONLY = {
     "models/bert.py: product",  # a gradient written for XLA's CPU; in MLX `@`
     "models/modernbert.py: layer_norm(rngs)",  # NNX asks for keys where nothing is drawn
-    "training/loop.py: Trainer.mesh",  # in MLX Trainer.world
+    # in MLX Trainer.world: a process for each Mac, and one device in each
+    "training/loop.py: Trainer.processes",
+    "training/loop.py: Trainer.devices",
+    "training/step.py: loss_terms(axis)",
+    "training/step.py: make_step(devices)",
+    "training/step.py: split_batch(devices)",
+    "training/step.py: denominators(axis)",
     # JAX's step is a pure function of a state; MLX's changes the model and the optimizer it was made for
     "training/step.py: TrainState.learned",
     "training/step.py: TrainState.fixed",
     "training/step.py: make_step(graphdef)",
     "training/step.py: make_step(optimizer)",
-    "training/step.py: make_step(placed)",
 }
 MLX_ONLY = {
     "models/bert.py: MASKED",  # JAX adds the least float32, which a fused kernel may turn into NaN

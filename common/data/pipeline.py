@@ -1,10 +1,12 @@
 """Batches of candidate lists for training: planned from (seed, epoch), grouped by length, read through grain.
 
-A batch is a pure function of (seed, step, data): a run that resumes sees what it would have seen.
+A batch is a pure function of (seed, step, data): a run that resumes sees what it would have seen. Of several
+processes each plans all of it and assembles its own share.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -54,8 +56,28 @@ class ListBatch:
 
     @property
     def token_share(self) -> float:
-        """Real tokens / padded tokens, in (0, 1]."""
+        """Real tokens / padded tokens, in (0, 1]; of a process's share, its own."""
         return float((self.sides > 0).mean())
+
+
+@dataclass(frozen=True)
+class Share:
+    """The lists of a step that a process holds, in order: positions in the step, -1 for an empty list."""
+
+    rows: np.ndarray  # int64 [R]
+    order: np.ndarray  # int64 [P]: those of all processes; the R rows of `related` have P columns
+
+
+def device_order(lists: int, parts: int, devices: int) -> np.ndarray:
+    """Which lists of a step stand on which device, int64 [devices, parts, rows]; -1 is an empty list.
+
+    Each device has a block of neighbours of each of the `parts` micro-batches. Where a micro-batch does not
+    divide over the devices, the last ones have empty lists, which no loss sees.
+    """
+    size = lists // parts
+    rows = -(-size // devices)
+    places = np.arange(devices * rows).reshape(devices, 1, rows)
+    return np.where(places < size, places + size * np.arange(parts)[:, None], -1)
 
 
 class EncodedLists:
@@ -152,22 +174,38 @@ class ListPlan:
     def __len__(self) -> int:
         return len(self.lists) // self.batch_size
 
-    def batch(self, step: int) -> ListBatch:
-        """The batch of a step counted from the start of the run."""
-        epoch, position = divmod(step, len(self))
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, self._plan_epoch(epoch))
-        batch = self._assemble(self._epoch[1][position])
-        return batch if self.beside is None else joined(batch, self.beside.batch(step), self.lists.pad_id)
+    def batch(self, step: int, share: Share | None = None) -> ListBatch:
+        """The batch of a step counted from the start of the run, or a process's share of it."""
+        if share is None:
+            batch = self._assemble(self._planned(step))
+            return batch if self.beside is None else joined(batch, self.beside.batch(step), self.lists.pad_id)
+        rows, size = share.rows, self.batch_size
+        held = np.sort(rows[rows >= 0])
+        batch = self._assemble(self._planned(step), held[held < size])
+        if self.beside is not None:
+            old = self.beside._assemble(self.beside._planned(step), held[held >= size] - size)
+            batch = joined(batch, old, self.lists.pad_id)
+        return arranged(
+            batch, np.where(rows < 0, -1, np.searchsorted(held, rows)), share.order, self.lists.pad_id
+        )
 
-    def loader(self, steps: int) -> Any:
-        """A grain iterator over the first `steps` batches of the run, with get_state() and set_state()."""
+    def loader(self, steps: int, share: Share | None = None) -> Any:
+        """A grain iterator over the first `steps` batches of the run, with get_state() and set_state().
+
+        The state is a position in the run, whatever the share.
+        """
         import grain
 
         # No threads: a batch costs less than a millisecond, and the state then says exactly what was read.
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        dataset = grain.MapDataset.range(steps).map(self.batch)
+        dataset = grain.MapDataset.range(steps).map(functools.partial(self.batch, share=share))
         return iter(dataset.to_iter_dataset(options))
+
+    def _planned(self, step: int) -> list[_PlannedList]:
+        epoch, position = divmod(step, len(self))
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, self._plan_epoch(epoch))
+        return self._epoch[1][position]
 
     def _plan_epoch(self, epoch: int) -> list[list[_PlannedList]]:
         rng = np.random.default_rng((self.seed, epoch))
@@ -200,7 +238,8 @@ class ListPlan:
     def _with_in_batch(self, items: Sequence[_PlannedList]) -> list[_PlannedList]:
         """The lists with the best positives of others in the batch as further negatives."""
         best = [int(item.candidates[0]) for item in items]
-        related = [{b for b, w in enumerate(row) if w > 0} for row in self._relatedness(self._index(items))]
+        index = self._index(items)
+        related = [{b for b, w in enumerate(row) if w > 0} for row in self._relatedness(index, index)]
         made = []
         for row, item in enumerate(items):
             known = {*map(int, item.candidates), *map(int, self.lists.positives[item.index])}
@@ -243,11 +282,15 @@ class ListPlan:
             pairs += [similar[i : i + 2] for i in range(0, len(similar), 2)]
         return pairs
 
-    def _assemble(self, items: Sequence[_PlannedList]) -> ListBatch:
+    def _assemble(self, items: Sequence[_PlannedList], held: np.ndarray | None = None) -> ListBatch:
+        """The arrays of a batch's lists, or of those at the positions `held`; `related` [R, B] to all."""
         if self.in_batch_negatives:
             items = self._with_in_batch(items)
-        size = (self.batch_size, self.list_size)
         length = bucket_for(max(item.length for item in items), self.buckets)
+        everyone = self._index(items)
+        if held is not None:
+            items = [items[place] for place in held]
+        size = (len(items), self.list_size)
         input_ids = np.full((*size, length), self.lists.pad_id, np.int32)
         sides = np.zeros((*size, length), np.int8)
         labels, mask = np.zeros(size, np.float32), np.zeros(size, bool)
@@ -261,7 +304,7 @@ class ListPlan:
                 span = slice(len(query), len(query) + len(passage))
                 input_ids[row, column, span], sides[row, column, span] = passage, PASSAGE
         query_index = self._index(items)
-        related = self._relatedness(query_index)
+        related = self._relatedness(query_index, everyone)
         vectors = self._vectors(items)
         return ListBatch(
             input_ids, sides, labels, mask, related, query_index, *vectors, teacher, *self._remembered(items)
@@ -281,7 +324,7 @@ class ListPlan:
 
     def _remembered(self, items: Sequence[_PlannedList]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The original's scores [B, L] and its states of query and passage, each [B, L, 2, C]."""
-        size = (self.batch_size, self.list_size)
+        size = (len(items), self.list_size)
         width = 0 if self._original is None else self._original[1].state_size
         scores, states = np.full(size, np.nan, np.float32), np.zeros((*size, 2, 2, width), np.float32)
         if self._original is not None:
@@ -296,20 +339,21 @@ class ListPlan:
     def _vectors(self, items: Sequence[_PlannedList]) -> tuple[np.ndarray, np.ndarray]:
         """Vectors of the texts alone: queries [B, D], passages [B, L, D], zero at padding."""
         width = self.lists.query_vectors.shape[1]
-        queries = np.zeros((self.batch_size, width), np.float32)
-        passages = np.zeros((self.batch_size, self.list_size, width), np.float32)
+        queries = np.zeros((len(items), width), np.float32)
+        passages = np.zeros((len(items), self.list_size, width), np.float32)
         for row, item in enumerate(items if width else ()):
             queries[row] = self.lists.query_vectors[item.index]
             passages[row, : len(item.candidates)] = self.lists.passage_vectors[item.candidates]
         return queries, passages
 
-    def _relatedness(self, query_index: np.ndarray) -> np.ndarray:
-        """float32 [B, B]; a weight that either of the two lists states counts for both."""
-        stated = [[self.lists.related[int(a)].get(int(b), 0.0) for b in query_index] for a in query_index]
-        weights = np.asarray(stated, np.float32)
-        weights = np.maximum(weights, weights.T)
-        np.fill_diagonal(weights, 0.0)
-        return weights
+    def _relatedness(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """float32 [R, B] of lists; a weight that either of the two states counts for both, 0 for itself."""
+        related = self.lists.related
+        weights = [
+            [0.0 if a == b else max(related[a].get(b, 0.0), related[b].get(a, 0.0)) for b in columns.tolist()]
+            for a in rows.tolist()
+        ]
+        return np.asarray(weights, np.float32).reshape(len(rows), len(columns))
 
 
 def joined(new: ListBatch, old: ListBatch, pad_id: int) -> ListBatch:
@@ -318,15 +362,38 @@ def joined(new: ListBatch, old: ListBatch, pad_id: int) -> ListBatch:
     `query_index` of an old list is -1 - its position, so that it is never a new one's.
     """
     length = max(new.input_ids.shape[-1], old.input_ids.shape[-1])
-    count = len(new.mask)
-    related = np.zeros((count + len(old.mask),) * 2, np.float32)
-    related[:count, :count], related[count:, count:] = new.related, old.related
+    (count, width), (more, wider) = new.related.shape, old.related.shape  # not square in a share
+    related = np.zeros((count + more, width + wider), np.float32)
+    related[:count, :width], related[count:, width:] = new.related, old.related
     parts: dict[str, tuple[np.ndarray, ...]]
     parts = {name: (values, getattr(old, name)) for name, values in vars(new).items() if name != "related"}
     for name, fill in (("input_ids", pad_id), ("sides", 0)):
         parts[name] = tuple(_lengthened(values, length, fill) for values in parts[name])
     parts["query_index"] = (new.query_index, -1 - old.query_index)
     return ListBatch(related=related, **{name: np.concatenate(pair) for name, pair in parts.items()})
+
+
+# What a batch's fields hold of an empty list; 0 in the others. Without real candidates it is in no loss.
+_EMPTY: dict[str, float] = {
+    "query_index": np.iinfo(np.int32).min,
+    "teacher": np.nan,
+    "original_scores": np.nan,
+}
+
+
+def arranged(batch: ListBatch, rows: np.ndarray, columns: np.ndarray, pad_id: int) -> ListBatch:
+    """The lists of `batch` at the positions `rows`, `related` to those at `columns`; -1 is an empty list."""
+    parts = {}
+    for name, values in vars(batch).items():
+        fill = pad_id if name == "input_ids" else _EMPTY.get(name, 0)
+        parts[name] = _with_empty(values, fill)[rows]  # -1 is the last row
+    parts["related"] = _with_empty(parts["related"].T, 0)[columns].T
+    return ListBatch(**parts)
+
+
+def _with_empty(values: np.ndarray, fill: float) -> np.ndarray:
+    """The rows, and behind them one that is `fill` throughout."""
+    return np.concatenate((values, np.full((1, *values.shape[1:]), fill, values.dtype)))
 
 
 def _lengthened(values: np.ndarray, length: int, fill: int) -> np.ndarray:

@@ -6,6 +6,7 @@ Twin: mlx_impl/training/loop.py.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from common.backends import checkpoint_identity
 from common.config import RerankerConfig, to_dict
@@ -40,6 +41,7 @@ from jax_impl.loading import LoadedReranker, load_cross_encoder, save_cross_enco
 from jax_impl.models.lora import add_lora, trainable
 from jax_impl.scoring import JaxEncoder, JaxOriginal, JaxScorer, accelerator, default_dtype
 from jax_impl.training.optimizer import learning_rate, make_optimizer
+from jax_impl.training.parallel import Devices, current
 from jax_impl.training.state import StateFolder
 from jax_impl.training.step import Batch, Moment, TrainState, make_step
 
@@ -47,6 +49,7 @@ from jax_impl.training.step import Batch, Moment, TrainState, make_step
 class Trainer:
     """One run of a recipe. `run(folder)` starts it or goes on where an interrupted one stopped.
 
+    Several processes each have one and do the same; the first alone scores dev, logs and writes checkpoints.
     Raises UserError for a recipe that does not fit base, data or devices, before anything is written.
     """
 
@@ -59,6 +62,7 @@ class Trainer:
     ) -> None:
         self.config, self.prepared, self.say = config, prepared, say
         train, data = config.train, config.data
+        self.processes, self.devices = current(), Devices(train.parallel)
         self.dtype = default_dtype(train.precision)
         directory = resolve_base(config, say=say)
         self.tokenizer = PairTokenizer(directory, data.max_query_tokens, data.max_passage_tokens)
@@ -66,27 +70,38 @@ class Trainer:
         check_model(config, self.loaded.config["model_type"], self.loaded.settings["head"])
         original = self._frozen(directory)
         self._original = None if original is None else original.identity
-        self.plan = plan_batches(config, prepared, self.tokenizer, self._base_encoder(directory), original)
+        encoder = self._base_encoder(directory)
+        self.plan = self.processes.in_turn(
+            lambda: plan_batches(config, prepared, self.tokenizer, encoder, original)
+        )
         self.steps = planned_steps(config, len(self.plan))
         self._report_start()
         graphdef, learned, fixed = nnx.split(self.loaded.model, _learns(config), ...)  # type: ignore[misc]
         optimizer = make_optimizer(train, self.steps)
         key = jax.random.fold_in(jax.random.key(train.seed), 1)
         dropout = train.hidden_dropout > 0 or train.attention_dropout > 0
-        self.mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        self._step = make_step(config, graphdef, optimizer, key if dropout else None, everywhere)
-        if config.lists_per_step // train.micro_batches % jax.device_count():
-            beside = " + retrain.old_batch_size" if config.retrain.old_data else ""
-            raise UserError(
-                f"train.batch_size{beside} {config.lists_per_step} / micro_batches {train.micro_batches} "
-                f"does not divide over {jax.device_count()} devices; choose a multiple."
-            )
+        self._step = make_step(config, graphdef, optimizer, key if dropout else None, self.devices)
+        self._share = self.devices.share(config.lists_per_step, train.micro_batches)
         state = TrainState(learned, fixed, optimizer.init(learned), jnp.zeros((), jnp.int32))
-        self.state: TrainState = jax.device_put(state, everywhere)
+        self._same_start(state)
+        self.state: TrainState = self.devices.replicate(state)
         self.dev = DevSet(config, prepared, self.tokenizer)
         self._last: tuple[int, DevResult] | None = None
         self._scorer = JaxScorer(self.loaded.model, self.tokenizer, name="dev")
+
+    def _same_start(self, state: TrainState) -> None:
+        """Refuse processes that would train something else than the first one does."""
+        if self.processes.count == 1:
+            return
+        weight = sum(float(np.abs(np.asarray(x, np.float64)).sum()) for x in jax.tree.leaves(state.learned))
+        mine = [float(self.steps), float(len(self.plan.lists)), weight]
+        theirs = self.processes.told(mine)
+        with self.processes.together():
+            if mine != theirs:
+                raise UserError(
+                    f"process {self.processes.index} has steps, lists and sum of parameters {mine}, the "
+                    f"first one {theirs}: give all processes the same command, files and versions."
+                )
 
     def _base_encoder(self, directory: Path) -> JaxEncoder | None:
         """The base as it was, where the recipe holds the states to its own."""
@@ -114,9 +129,8 @@ class Trainer:
             if not notes.get("stopped"):
                 with explained(self.config):
                     self._train(states, notes, stop)
-            stop[0] = False  # set by an early stop too
             summary = self._finish(notes)
-            if stop[0]:
+            if self.processes.any(stop[0]):
                 raise KeyboardInterrupt
             return summary
 
@@ -131,54 +145,62 @@ class Trainer:
                 "waited": 0,
             }
             return begun | {"data": None, "original": self._original}
-        self.state, notes = states.load(self.state)
+        loaded, notes = states.load(self.devices.whole(self.state))
+        self.state = self.devices.replicate(loaded)
         if notes.get("original") != self._original:
             raise UserError(
                 f"model.base {self.config.model.base}: has changed since this run began, and the run "
                 "preserves what it was. Put it back to go on, or start over with --fresh."
             )
-        self.folder.rewind(int(self.state.step))
-        self.say(f"resumed at step {int(self.state.step)} of {self.steps}")
+        self.folder.rewind(self._steps_done())
+        self.say(f"resumed at step {self._steps_done()} of {self.steps}")
         return notes
 
     def _train(self, states: StateFolder, notes: dict[str, Any], stop: list[bool]) -> None:
         train = self.config.train
-        first = int(self.state.step)
-        batches = self.plan.loader(self.steps)
+        first = self._steps_done()
+        batches = self.plan.loader(self.steps, self._share)
         if notes["data"] is not None:
             batches.set_state(notes["data"])
         evaluate_at = {round(self.steps * (i + 1) / train.evaluations) for i in range(train.evaluations)}
         if first == 0:
             self._evaluate(0, notes)
-        step = first
+        step, ends = first, False
         with progress(self.steps, "training", start=first) as bar:
             for step in range(first + 1, self.steps + 1):
                 logged = self._one_step(step, next(batches))
                 if step % LOG_EVERY == 0 or step in (1, self.steps) or step in evaluate_at:
                     bar.update(step, self._log(step, logged))
                 if step in evaluate_at and self._evaluate(step, notes):
-                    stop[0] = notes["stopped"] = True
-                if step % train.checkpoint_every == 0 or step == self.steps or stop[0]:
+                    ends = notes["stopped"] = True
+                ends = self._asked_to_stop(step, stop) or ends
+                if step % train.checkpoint_every == 0 or step == self.steps or ends:
                     self._log_finite(step, logged)
-                    states.save(self.state, notes | {"data": batches.get_state()})
-                if stop[0]:
+                    states.save(self.devices.whole(self.state), notes | {"data": batches.get_state()})
+                if ends:
                     break
-        if stop[0] and not notes.get("stopped"):
+        if ends and not notes.get("stopped"):
             self.say(f"stopped at step {step}; the same command goes on from there")
             raise KeyboardInterrupt
 
     def _one_step(self, step: int, batch: ListBatch) -> dict[str, Any]:
         phase = self._phase(step)
         moment = Moment(phase.temperature, phase.entropy_bonus, phase.ramp, self._openness(step))
-        placed: Batch = jax.device_put(
-            Batch(*(getattr(batch, name) for name in Batch._fields)),
-            NamedSharding(self.mesh, PartitionSpec("data")),
-        )
+        placed = self.devices.place(Batch(*(getattr(batch, name) for name in Batch._fields)))
         self.state, logged = self._step(self.state, placed, moment)
         return logged | {"real_tokens": batch.token_share}
 
     def _openness(self, step: int) -> float:
         return openness_at((step - 1) / self.steps, self.config.train.separable_start)
+
+    def _asked_to_stop(self, step: int, stop: list[bool]) -> bool:
+        """Whether Ctrl-C or SIGTERM came, in any process: they meet at every LOG_EVERY-th step."""
+        if self.processes.count > 1 and step % LOG_EVERY:
+            return False
+        return self.processes.any(stop[0])
+
+    def _steps_done(self) -> int:
+        return int(self.devices.local(self.state.step))
 
     def _phase(self, step: int) -> Phase:
         quantum = self.config.quantum
@@ -201,7 +223,7 @@ class Trainer:
         return f"loss {values['loss']:.4f}"
 
     def _log_finite(self, step: int, logged: dict[str, Any]) -> dict[str, float]:
-        values = {name: float(value) for name, value in logged.items()}
+        values = {name: float(np.asarray(value).flat[0]) for name, value in logged.items()}
         if not all(map(math.isfinite, values.values())):
             broken = ", ".join(name for name, value in values.items() if not math.isfinite(value))
             raise UserError(
@@ -213,7 +235,7 @@ class Trainer:
     def _evaluate(self, step: int, notes: dict[str, Any]) -> bool:
         """Score dev, keep the best checkpoint; true when training should stop early."""
         train = self.config.train
-        result = self.dev.evaluate(self._scorer_now())
+        result = self._measure()
         self._last = (step, result)
         self.folder.log(
             step,
@@ -242,6 +264,16 @@ class Trainer:
             self.say(f"no better dev result in {train.patience} evaluations: stopped early at step {step}")
         return stops
 
+    def _measure(self) -> DevResult:
+        """Dev as the first process scores it; the others wait and are told the numbers."""
+        result = DevResult(0.0, 0.0, 0.0, 0.0, 0.0, None)
+        with self.processes.together():
+            if self.processes.first:
+                result = self.dev.evaluate(self._scorer_now())
+        names = [field.name for field in dataclasses.fields(result) if field.name != "confidence"]
+        told: Any = dict(zip(names, self.processes.told([getattr(result, n) for n in names]), strict=True))
+        return DevResult(**told, confidence=result.confidence)
+
     def _guard_collapse(self, step: int, result: DevResult, notes: dict[str, Any]) -> None:
         if step <= self.config.train.warmup * self.steps:
             return
@@ -254,9 +286,9 @@ class Trainer:
 
     def _finish(self, notes: dict[str, Any]) -> dict[str, Any]:
         """Write final/, the last parameters; best/ holds those with the best dev metric."""
-        step = int(self.state.step)
+        step = self._steps_done()
         if self._last is None or self._last[0] != step:
-            self._last = (step, self.dev.evaluate(self._scorer_now()))
+            self._last = (step, self._measure())
         self._save(self.folder.final, step, self._last[1])
         return {
             "steps": step,
@@ -267,11 +299,19 @@ class Trainer:
         }
 
     def _scorer_now(self) -> JaxScorer:
-        self._scorer.set_state(nnx.merge_state(self.state.learned, self.state.fixed))
+        self._scorer.set_state(self._parameters())
         return self._scorer
 
+    def _parameters(self) -> Any:
+        return nnx.merge_state(*self.devices.local((self.state.learned, self.state.fixed)))
+
     def _save(self, directory: Path, step: int, result: DevResult) -> None:
-        nnx.update(self.loaded.model, nnx.merge_state(self.state.learned, self.state.fixed))
+        with self.processes.together():
+            if self.processes.first:
+                self._write(directory, step, result)
+
+    def _write(self, directory: Path, step: int, result: DevResult) -> None:
+        nnx.update(self.loaded.model, self._parameters())
         data = self.config.data
         self.loaded.settings.update(
             {
@@ -314,8 +354,17 @@ class Trainer:
         beside = f" + {config.retrain.old_batch_size} old" if config.retrain.old_data else ""
         self.say(
             f"start: {start}; {self.steps} steps of {size}{beside} lists of {config.data.list_size}; "
-            f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), {self.dtype}"
+            f"{self.devices.count} {jax.devices()[0].device_kind} device(s), {self.dtype}"
         )
+        if self.processes.count > 1:
+            self.say(f"{self.processes.count} processes; this one, the first, scores dev and writes")
+        part = config.lists_per_step // config.train.micro_batches
+        if self.devices.count > 1 and part % self.devices.count:
+            empty = -part % self.devices.count
+            self.say(
+                f"{part} lists of a micro-batch leave {empty} of {part + empty} places on "
+                f"{self.devices.count} devices empty: the same result, at the cost of a full batch"
+            )
         self.say(self.tokenizer.truncated)
 
 

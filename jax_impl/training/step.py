@@ -2,7 +2,7 @@
 
 Every term is a numerator over a denominator that depends on the data alone, so a step accumulated from
 micro-batches, or spread over devices, has the gradient of the whole batch. Terms between queries see the
-queries of one micro-batch. Twin: mlx_impl/training/step.py.
+queries of one micro-batch, on all devices. Twin: mlx_impl/training/step.py.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from jax_impl.losses.ranking import (
 )
 from jax_impl.models.cross_encoder import CrossEncoder, PairOutput
 from jax_impl.models.dropout import row_keys
+from jax_impl.training.parallel import Devices, gathered, once, summed
 
 
 class Batch(NamedTuple):
@@ -92,9 +93,12 @@ Step = Callable[[TrainState, Batch, Moment], tuple[TrainState, dict[str, jax.Arr
 
 
 def loss_terms(
-    config: RerankerConfig, out: PairOutput, batch: Batch, moment: Moment
+    config: RerankerConfig, out: PairOutput, batch: Batch, moment: Moment, axis: str | None = None
 ) -> tuple[Terms, dict[str, float | jax.Array]]:
-    """Every term of the recipe's loss as (numerator, denominator), and its weight; 0 is only logged."""
+    """Every term of the recipe's loss as (numerator, denominator), and its weight; 0 is only logged.
+
+    With `axis`, of a pmap, the batch is one device's rows and a term is to be summed over it.
+    """
     lists = batch.labels.shape
     scores, portable = out.score.reshape(lists), out.portable.reshape(lists)  # [B, L]
     judged = (batch.labels, batch.mask)
@@ -111,8 +115,10 @@ def loss_terms(
         )
     if pairs_queries(config):
         re, im = (x.reshape(*lists, -1) for x in out.query)  # [B, L, C]
-        terms["entanglement_attract"], terms["entanglement_repel"] = entanglement_loss(
-            re, im, *judged, batch.related, quantum.entanglement_margin, batch.query_index
+        rows = (re, im, *judged, batch.related, batch.query_index)
+        re, im, labels, mask, related, index = gathered(rows, axis)
+        terms["entanglement_attract"], terms["entanglement_repel"] = once(
+            entanglement_loss(re, im, labels, mask, related, quantum.entanglement_margin, index), axis
         )
         weights |= dict.fromkeys(
             ("entanglement_attract", "entanglement_repel"), quantum.entanglement_weight * moment.ramp
@@ -174,14 +180,16 @@ def make_step(
     graphdef: nnx.GraphDef[CrossEncoder],
     optimizer: optax.GradientTransformation,
     dropout_key: jax.Array | None,
-    placed: jax.sharding.Sharding | None = None,
+    devices: Devices | None = None,
 ) -> Step:
     """A compiled step: (state, batch, moment) -> (state, mean of every term, loss and gradient norm).
 
-    The old state is donated and the new one is `placed` alike, so that nothing compiles twice. Dropout
-    depends on `dropout_key`, the step number and the global row.
+    The old state is donated. Dropout depends on `dropout_key`, the step number and the global row. The batch
+    stands in the order of `Devices.share`; without `devices` it is whole, on one.
     """
     parts = config.train.micro_batches
+    lists = config.lists_per_step // parts  # of a micro-batch, without the empty ones that fill devices up
+    axis, count = (None, 1) if devices is None else (devices.axis, devices.count)
 
     def total_loss(
         learned: Any, fixed: Any, batch: Batch, moment: Moment, keys: jax.Array | None, scale: dict[str, Any]
@@ -190,46 +198,57 @@ def make_step(
         rows = batch.mask.size
         openness = moment.openness if config.train.separable_start else None
         out = model(batch.input_ids.reshape(rows, -1), batch.sides.reshape(rows, -1), keys, openness)
-        terms, weights = loss_terms(config, out, batch, moment)
+        terms, weights = loss_terms(config, out, batch, moment, axis)
         loss = sum(weights[name] * terms[name][0] * scale[name] for name in terms)
         return jnp.asarray(loss), terms
 
     gradient = jax.value_and_grad(total_loss, has_aux=True)
 
     def step(state: TrainState, batch: Batch, moment: Moment) -> tuple[TrainState, dict[str, jax.Array]]:
-        rows = batch.mask.size
-        keys = None
-        if dropout_key is not None:
-            keys = row_keys(jax.random.fold_in(dropout_key, state.step), rows).reshape(parts, rows // parts)
-        micro = [split_batch(batch, part, parts) for part in range(parts)]
-        scale = denominators(config, micro)
+        micro = [split_batch(batch, part, parts, count) for part in range(parts)]
+        scale = denominators(config, micro, axis)
         loss = jnp.zeros(())
         sums: dict[str, Any] = {}
         gradients: Any = None
         for part, piece in enumerate(micro):
-            part_keys = None if keys is None else keys[part]
-            (value, terms), grads = gradient(state.learned, state.fixed, piece, moment, part_keys, scale)
+            keys = None
+            if dropout_key is not None:
+                rows, width = piece.mask.size, piece.mask.shape[1]
+                before = 0 if axis is None else jax.lax.axis_index(axis) * rows
+                key = jax.random.fold_in(dropout_key, state.step)
+                keys = row_keys(key, rows, part * lists * width + before)
+            (value, terms), grads = gradient(state.learned, state.fixed, piece, moment, keys, scale)
             loss += value
             sums = {name: sums.get(name, 0.0) + pair[0] for name, pair in terms.items()}
             gradients = grads if gradients is None else jax.tree.map(jnp.add, gradients, grads)
+        loss, sums, gradients = summed((loss, sums, gradients), axis)
         updates, opt_state = optimizer.update(gradients, state.optimizer, state.learned)
         learned = optax.apply_updates(state.learned, updates)
         logged = {name: value * scale[name] for name, value in sums.items()}
         logged |= {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
         return TrainState(learned, state.fixed, opt_state, state.step + 1), logged
 
-    return jax.jit(step, donate_argnums=0, out_shardings=placed)
+    return jax.jit(step, donate_argnums=0) if devices is None else devices.compile(step)
 
 
-def split_batch(batch: Batch, part: int, parts: int) -> Batch:
-    """Micro-batch `part` of `parts`: neighbouring lists, so that related queries stay together."""
-    size = batch.mask.shape[0] // parts
-    rows = slice(part * size, (part + 1) * size)
-    cut = Batch(*(x[rows] for x in batch))
-    return cut._replace(related=batch.related[rows, rows])
+def split_batch(batch: Batch, part: int, parts: int, devices: int = 1) -> Batch:
+    """Micro-batch `part` of `parts`: neighbouring lists, so that related queries stay together.
+
+    Of a batch over `devices`, with rows as [devices, parts, rows]; in a pmap they are one device's.
+    """
+    rows, everyone = batch.related.shape
+    here = devices * rows // everyone  # devices whose rows these are
+    cut = Batch(*(_part(x, part, parts, here) for x in batch))
+    return cut._replace(related=_part(cut.related.T, part, parts, devices).T)
 
 
-def denominators(config: RerankerConfig, micro: list[Batch]) -> dict[str, jax.Array]:
+def _part(x: jax.Array, part: int, parts: int, devices: int) -> jax.Array:
+    """Those of the rows [devices * parts * R, ...] that belong to a part, [devices * R, ...]."""
+    size, rest = len(x) // (devices * parts), x.shape[1:]
+    return x.reshape(devices, parts, size, *rest)[:, part].reshape(devices * size, *rest)
+
+
+def denominators(config: RerankerConfig, micro: list[Batch], axis: str | None = None) -> dict[str, jax.Array]:
     """1 / (denominator of each term over the whole batch, at least 1)."""
     totals: dict[str, jax.Array] = {}
     for batch in micro:
@@ -237,8 +256,9 @@ def denominators(config: RerankerConfig, micro: list[Batch]) -> dict[str, jax.Ar
         width = max(1, batch.query_vectors.shape[-1], batch.original_query.shape[-1])
         state = (jnp.zeros((batch.mask.size, width)),) * 2
         out = PairOutput(nothing, nothing, nothing, state, state)
-        terms, _ = loss_terms(config, out, batch, Moment(1.0, 0.0, 0.0))
+        terms, _ = loss_terms(config, out, batch, Moment(1.0, 0.0, 0.0), axis)
         totals = {name: totals.get(name, 0.0) + pair[1] for name, pair in terms.items()}
+    totals = summed(totals, axis)
     return {name: 1.0 / jnp.maximum(1.0, number) for name, number in totals.items()}
 
 

@@ -59,6 +59,10 @@ class Trainer:
         say: Callable[[str], None] = print,
     ) -> None:
         self.config, self.prepared, self.say = config, prepared, say
+        if config.train.parallel != "jit":
+            raise UserError(
+                f"train.parallel {config.train.parallel} is JAX's: add --backend jax, or leave it out."
+            )
         train, data = config.train, config.data
         self.dtype = default_dtype(train.precision)
         directory = resolve_base(config, say=say)

@@ -16,7 +16,7 @@ import pytest
 from common.config import DataConfig
 from common.data.lists import TrainingList
 from common.data.original import OriginalOutputs
-from common.data.pipeline import ListBatch, ListPlan
+from common.data.pipeline import ListBatch, ListPlan, Share, device_order
 from common.errors import UserError
 from common.text import PASSAGE, QUERY, PairTokenizer
 
@@ -349,3 +349,52 @@ def test_what_cannot_be_batched_is_a_user_error(tokenizer: PairTokenizer, rng: r
         ListPlan(lists, tokenizer, CONFIG, batch_size=6, seed=0, pair_related=False)
     with pytest.raises(UserError, match="55 tokens is longer than every length bucket"):
         ListPlan(lists, tokenizer, replace(CONFIG, length_buckets=(16, 48)), 4, seed=0, pair_related=False)
+
+
+def test_the_shares_of_all_processes_are_the_batch_each_with_its_own_lists_alone(
+    tokenizer: PairTokenizer, rng: random.Random
+) -> None:
+    """6 lists in 2 micro-batches over 4 devices of 2 processes: of each, one place in four is empty."""
+    plan = ListPlan(make_lists(rng, 13), tokenizer, CONFIG, batch_size=6, seed=1, pair_related=True)
+    order = device_order(6, 2, 4)
+    assert order.reshape(4, 2).tolist() == [[0, 3], [1, 4], [2, 5], [-1, -1]]
+    for step in (0, 1, 2):
+        whole = plan.batch(step)
+        shares = [plan.batch(step, Share(rows.ravel(), order.ravel())) for rows in (order[:2], order[2:])]
+        for place, row in enumerate(order.ravel()):
+            share, here = shares[place // 4], place % 4
+            if row < 0:
+                assert not share.mask[here].any() and not share.related[here].any()
+                continue
+            for name, values in vars(whole).items():
+                if name != "related":
+                    np.testing.assert_array_equal(vars(share)[name][here], values[row])
+            expected = np.where(order.ravel() < 0, 0, whole.related[row, order.ravel()])
+            np.testing.assert_array_equal(share.related[here], expected)
+    loaded = plan.loader(3, Share(order[:2].ravel(), order.ravel()))
+    assert same(next(loaded), plan.batch(0, Share(order[:2].ravel(), order.ravel())))
+    assert loaded.get_state() == first_state(plan)
+
+
+def first_state(plan: ListPlan) -> Any:
+    """Where a loader of whole batches stands after the first."""
+    loader = plan.loader(3)
+    next(loader)
+    return loader.get_state()
+
+
+def test_a_share_of_new_and_old_lists_is_cut_from_the_joined_batch(
+    tokenizer: PairTokenizer, rng: random.Random
+) -> None:
+    def plan(count: int, size: int, beside: ListPlan | None = None) -> ListPlan:
+        made = make_lists(rng, count)
+        return ListPlan(made, tokenizer, CONFIG, size, 0, beside is not None, fixed=True, beside=beside)
+
+    both = plan(8, 4, plan(6, 3))
+    order = device_order(7, 1, 2)  # the last place is empty
+    whole, share = both.batch(1), both.batch(1, Share(order[1].ravel(), order.ravel()))
+    assert order[1].tolist() == [[4, 5, 6, -1]] and len(share.mask) == 4
+    for name in ("input_ids", "labels", "query_index"):
+        np.testing.assert_array_equal(vars(share)[name][:3], vars(whole)[name][4:])
+    np.testing.assert_array_equal(share.related[:3, :7], whole.related[4:])
+    assert not share.mask[3].any()
