@@ -169,8 +169,8 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation; `auto` is bfloat16 for JAX on GPU, float32 elsewhere. Parameters stay float32."""
     parallel: Literal["jit", "pmap"] = "jit"
-    """How a step is spread over several devices, JAX alone: `jit` over a mesh, or `pmap`; the same trajectory up
-    to rounding."""
+    """How a step is spread over several devices, JAX alone: `jit` over a mesh, or `pmap`; the same trajectory
+    up to rounding."""
     seed: int = 0
     evaluations: int = 3
     """How often dev is scored during training, evenly spaced, the end included."""

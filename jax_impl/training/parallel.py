@@ -1,12 +1,13 @@
 """Many devices, many processes: where a step's arrays lie, what it sums over devices, how processes meet.
 
-Data parallel: parameters and optimizer lie whole on every device, lists are spread. jit over a mesh by default, or
-pmap with the same step body. Twin: none yet; MLX has mx.distributed.
+Data parallel: parameters and optimizer lie whole on every device, lists are spread. jit over a mesh by default,
+or pmap with the same step body. No twin yet; MLX has mx.distributed.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -42,7 +43,7 @@ class Devices:
         self._everywhere = NamedSharding(self.mesh, PartitionSpec())
 
     def share(self, lists: int, parts: int) -> Share | None:
-        """What this process holds of a step of `lists` in `parts` micro-batches; None when it is all as it is."""
+        """What this process holds of a step of `lists` in `parts` micro-batches; None: all, as it is."""
         if self.count == 1:
             return None
         order = device_order(lists, parts, self.count)
@@ -83,7 +84,7 @@ class Devices:
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
 
     def whole(self, tree: Tree) -> Tree:
-        """A state as arrays over the mesh, each whole on every device: what Orbax saves on any number of them."""
+        """A state as arrays whole on every device of the mesh: what Orbax saves, on any number of them."""
         if self.axis is None:
             return tree
 
@@ -112,14 +113,14 @@ def gathered(tree: Tree, axis: str | None) -> Tree:
 
 
 def once(tree: Tree, axis: str | None) -> Tree:
-    """What every device of a pmap has computed of gathered rows, for a sum over devices: the first one's counts."""
+    """What all devices of a pmap have computed of gathered rows, to be summed: the first one's counts."""
     if axis is None:
         return tree
     return jax.tree.map(lambda x: jnp.where(jax.lax.axis_index(axis) == 0, x, jnp.zeros_like(x)), tree)
 
 
 def join(launch: Launch) -> Processes:
-    """Meet the other processes of the run (UserError when they do not come); all but the first fall silent."""
+    """Meet the other processes of the run, UserError when they do not come; all but the first fall silent."""
     try:
         jax.distributed.initialize(
             launch.coordinator,

@@ -1,7 +1,7 @@
-"""Many devices and processes train as one does: spread evenly or not, by jit or pmap, saved here and resumed there.
+"""Many devices and processes train as one does: evenly spread or not, by jit or pmap, saved here, resumed there.
 
-As a command: `python tests/jax_impl/training/test_parallel.py BASE OUT` makes the steps of `trajectories` on the
-devices that XLA_FLAGS asks for, and writes what they gave.
+As a command: `python tests/jax_impl/training/test_parallel.py BASE OUT` makes the steps of `trajectories` on
+the devices that XLA_FLAGS asks for, and writes what they gave.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def recipe(world: World, case: str) -> RerankerConfig:
 
 
 def trajectories(base: Path) -> dict[str, np.ndarray]:
-    """'case/way/name of what was logged' -> its values in STEPS steps of gradient descent; 'case/way/p' + a number ->
+    """'case/way/what was logged' -> its values in STEPS steps of gradient descent; 'case/way/p' and a number ->
     a parameter after them."""
     import jax
     import jax.numpy as jnp
