@@ -1,7 +1,7 @@
 """Many devices, many processes: where a step's arrays lie, what it sums over devices, how processes meet.
 
-Data parallel: parameters and optimizer lie whole on every device, lists are spread. jit over a mesh by default,
-or pmap with the same step body. No twin yet; MLX has mx.distributed.
+Data parallel: parameters and optimizer lie whole on every device, lists are spread. jit over a mesh by
+default, or pmap with the same step body. No twin yet; MLX has mx.distributed.
 """
 
 from __future__ import annotations
