@@ -12,10 +12,11 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from common.analysis import analyse, write_analysis
 from common.analysis_view import analysis_tables
-from common.backends import join_processes, load_encoder, load_scorer, load_trainer
+from common.backends import Encoder, join_processes, load_encoder, load_scorer, load_trainer
 from common.config import RerankerConfig, RunOptions, parse_command, to_dict
 from common.errors import UserError, run_command
 from common.evaluation import evaluate_recipe
@@ -46,55 +47,68 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, options = parse_command(__doc__ or "", argv)
     launch = Launch(options.coordinator, options.processes, options.process)
     processes = join_processes(options.backend, launch)
-    with processes.together():  # what is wrong in one process ends all
-        train(config, options, processes)
-
-
-def train(config: RerankerConfig, options: RunOptions, processes: Processes) -> None:
-    """Prepare, train and evaluate; of several processes the first writes, and evaluates alone."""
-    data, old = load_data(config.data), load_old_data(config)
     recipe = to_dict(config)
-    fingerprint = run_fingerprint(data, old)
     with processes.together():
+        data, old = load_data(config.data), load_old_data(config)
+        fingerprint = run_fingerprint(data, old)
         finished = None if options.fresh else finished_results(options.runs, config.name, recipe, fingerprint)
     if finished is not None:
         print(tables_text(finished["tables"]))
         print(f"{options.runs / config.name} is finished; --fresh starts it over, --name begins another.")
         print(next_steps(config, options.runs / config.name, finished["first_stage"]))
         return
-    base = resolve_base(config, say=lambda _: None)  # a wrong name fails before any work
-    if base.absolute().is_relative_to((options.runs / config.name).absolute()):
-        raise UserError(
-            f"model.base {config.model.base} lies in this run's own folder {options.runs / config.name}, "
-            "which the run would write over: choose another --name."
-        )
-    encoder = load_encoder(config.data.encoder, options.backend)
+    with processes.together():
+        refuse_base(config, options)
+        encoder = load_encoder(config.data.encoder, options.backend)
     prepared = processes.in_turn(lambda: prepare(config, encoder, data, old))
     if options.evaluate_test:
         prepared.data.split(config.data.test_split)  # a wrong name fails before training
     print(environment_line(environment()))
     with run_folder(config, options, processes, fingerprint) as folder:
-        if config.retrain.analyze_existing and processes.first:
-            analyse_original(config, prepared, folder, options.backend)
+        with processes.together():
+            if config.retrain.analyze_existing and processes.first:
+                analyse_original(config, prepared, folder, options.backend)
         summary = load_trainer(options.backend)(config, prepared, folder)
-        if not processes.first:
-            return
-        if options.evaluate_test:
-            scorers = [load_scorer(folder.best, options.backend)]
-            confidences = load_confidences([folder.best], scorers)
-            if options.evaluate_start:
-                scorers.insert(0, load_scorer(config.model.base, options.backend, recipe=config))
-            table = evaluate_recipe(config, prepared, scorers, encoder, confidences)
-            results = {
-                "tables": table.shown(),
-                "evaluation": table.json(),
-                "first_stage": prepared.first_stage,
-                "training": summary,
-            }
-            folder.write_json(RESULTS_FILE, results)
-            print(table.text())
-        write_report(folder.path)
+        with processes.together():  # the others wait: a process that ends early would end the run
+            if processes.first:
+                evaluate(config, options, prepared, folder, encoder, summary)
     print(next_steps(config, folder.path, prepared.first_stage))
+
+
+def refuse_base(config: RerankerConfig, options: RunOptions) -> None:
+    """A wrong name fails before any work, and so does a base that the run would write over."""
+    base = resolve_base(config, say=lambda _: None)
+    if base.absolute().is_relative_to((options.runs / config.name).absolute()):
+        raise UserError(
+            f"model.base {config.model.base} lies in this run's own folder {options.runs / config.name}, "
+            "which the run would write over: choose another --name."
+        )
+
+
+def evaluate(
+    config: RerankerConfig,
+    options: RunOptions,
+    prepared: Prepared,
+    folder: RunFolder,
+    encoder: Encoder,
+    summary: dict[str, Any],
+) -> None:
+    """Evaluate best/ on the test split where that is asked for, and write the report."""
+    if options.evaluate_test:
+        scorers = [load_scorer(folder.best, options.backend)]
+        confidences = load_confidences([folder.best], scorers)
+        if options.evaluate_start:
+            scorers.insert(0, load_scorer(config.model.base, options.backend, recipe=config))
+        table = evaluate_recipe(config, prepared, scorers, encoder, confidences)
+        results = {
+            "tables": table.shown(),
+            "evaluation": table.json(),
+            "first_stage": prepared.first_stage,
+            "training": summary,
+        }
+        folder.write_json(RESULTS_FILE, results)
+        print(table.text())
+    write_report(folder.path)
 
 
 def run_folder(
