@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from common.analysis import analyse, write_analysis
 from common.analysis_view import analysis_tables
 from common.backends import (
+    Encoder,
     accelerator,
     backend_name,
     checkpoint_identity,
@@ -32,7 +34,7 @@ from common.prepare import (
     resolve_base,
     run_fingerprint,
 )
-from common.processes import Launch, Processes
+from common.processes import Launch
 from common.report import Table, tables_text, write_report
 from common.reranking import load_confidences
 from common.runs import RESULTS_FILE, RunFolder, WatchedRun, environment, environment_line, finished_results
@@ -78,45 +80,23 @@ def train_recipe(
     config, options = config.validate(), options or RunOptions()
     launched = Launch(options.coordinator, options.processes, options.process)
     processes = join_processes(options.backend, launched)
-    with processes.together():  # what is wrong in one process ends all
-        return _train(config, options, processes, data, say)
-
-
-def _train(
-    config: RerankerConfig,
-    options: RunOptions,
-    processes: Processes,
-    data: RankingData | None,
-    say: Callable[[str], None],
-) -> TrainedRun:
-    """Of several processes the first writes, and evaluates alone."""
-    data, old = data or load_data(config.data), load_old_data(config)
     recipe, place = to_dict(config), options.runs / config.name
-    fingerprint = run_fingerprint(data, old)
-    with processes.together():
+    with processes.together():  # at each phase: what is wrong in one process ends all
+        data, old = data or load_data(config.data), load_old_data(config)
+        fingerprint = run_fingerprint(data, old)
         finished = None if options.fresh else finished_results(options.runs, config.name, recipe, fingerprint)
     if finished is not None:
         return TrainedRun(place, finished["first_stage"], finished["tables"], True)
-    check_splits(config, data, options.evaluate_test)
-    base = resolve_base(config, say=lambda _: None)  # a wrong name fails before any work
-    if base.absolute().is_relative_to(place.absolute()):
-        raise UserError(
-            f"model.base {config.model.base} lies in this run's own folder {place}, "
-            "which the run would write over: choose another --name."
-        )
-    encoder = load_encoder(config.data.encoder, options.backend, say=say)
+    with processes.together():
+        check_splits(config, data, options.evaluate_test)
+        inputs = run_inputs(config, options)
+        encoder = load_encoder(config.data.encoder, options.backend, say=say)
     prepared = processes.in_turn(lambda: prepare(config, encoder, data, old, say=say))
     device = accelerator(options.backend)
     say(environment_line(environment(device)))
     trainer = load_trainer(options.backend)(config, prepared, say=say)
-    shown: list[Table] = []
-    inputs = {
-        "backend": backend_name(options.backend),
-        "base": checkpoint_identity(base),
-        "encoder": checkpoint_identity(resolve_model(config.data.encoder, say=lambda _: None)),
-    }
     with processes.together():  # the first owns the folder, the others know where it is
-        opened = (
+        folder = (
             RunFolder.create(
                 options.runs,
                 config.name,
@@ -129,31 +109,65 @@ def _train(
             if processes.first
             else WatchedRun(place)
         )
-    with opened as folder:
-        if config.retrain.analyze_existing and processes.first:
-            analyse_original(config, prepared, folder, options.backend, say)
+    shown: list[Table] = []
+    with folder:
+        with processes.together():
+            if config.retrain.analyze_existing and processes.first:
+                analyse_original(config, prepared, folder, options.backend, say)
         summary = trainer.run(folder)
-        if not processes.first:
-            return TrainedRun(folder.path, prepared.first_stage, [], False)
-        say(verdict(config, summary))
-        if options.evaluate_test:
-            scorers = [load_scorer(folder.best, options.backend, say=say)]
-            confidences = load_confidences([folder.best], scorers)
-            if options.evaluate_start:
-                scorers.insert(0, load_scorer(config.model.base, options.backend, recipe=config, say=say))
-            tables = evaluate_recipe(config, prepared, scorers, encoder, confidences)
-            shown = [part for table in tables for part in table.shown()]
-            results = {
-                "tables": shown,
-                "evaluation": [table.json() for table in tables],
-                "first_stage": prepared.first_stage,
-                "training": summary,
-            }
-            folder.write_json(RESULTS_FILE, results)
-            for table in tables:
-                say(table.text())
-        write_report(folder.path)
+        with processes.together():  # the others wait: a process that ends early would end the run
+            if processes.first:
+                say(verdict(config, summary))
+                shown = evaluate_best(config, options, prepared, folder, encoder, summary, say)
     return TrainedRun(folder.path, prepared.first_stage, shown, False)
+
+
+def run_inputs(config: RerankerConfig, options: RunOptions) -> dict[str, str]:
+    """What a run depends on beside recipe and data. A wrong base fails here, before any work, and so does one
+    that the run would write over (UserError)."""
+    base = resolve_base(config, say=lambda _: None)
+    place = options.runs / config.name
+    if base.absolute().is_relative_to(place.absolute()):
+        raise UserError(
+            f"model.base {config.model.base} lies in this run's own folder {place}, "
+            "which the run would write over: choose another --name."
+        )
+    return {
+        "backend": backend_name(options.backend),
+        "base": checkpoint_identity(base),
+        "encoder": checkpoint_identity(resolve_model(config.data.encoder, say=lambda _: None)),
+    }
+
+
+def evaluate_best(
+    config: RerankerConfig,
+    options: RunOptions,
+    prepared: Prepared,
+    folder: RunFolder,
+    encoder: Encoder,
+    summary: dict[str, Any],
+    say: Callable[[str], None],
+) -> list[Table]:
+    """The tables of the test split, where that is evaluated; the report in any case."""
+    shown: list[Table] = []
+    if options.evaluate_test:
+        scorers = [load_scorer(folder.best, options.backend, say=say)]
+        confidences = load_confidences([folder.best], scorers)
+        if options.evaluate_start:
+            scorers.insert(0, load_scorer(config.model.base, options.backend, recipe=config, say=say))
+        tables = evaluate_recipe(config, prepared, scorers, encoder, confidences)
+        shown = [part for table in tables for part in table.shown()]
+        results = {
+            "tables": shown,
+            "evaluation": [table.json() for table in tables],
+            "first_stage": prepared.first_stage,
+            "training": summary,
+        }
+        folder.write_json(RESULTS_FILE, results)
+        for table in tables:
+            say(table.text())
+    write_report(folder.path)
+    return shown
 
 
 def check_splits(config: RerankerConfig, data: RankingData, test: bool) -> None:

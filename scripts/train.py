@@ -3,8 +3,8 @@
 example: python scripts/train.py --config configs/quantum_resonance.py --train.epochs 2
 
 A recipe's presets: --preset quick. Other data: --data FILE_OR_FOLDER. Beside an earlier run: --name NAME.
-Several GPUs of a host are used as they are. Several processes, on one host or many: `srun python
-scripts/train.py`, or in each --coordinator HOST:PORT --processes N --process I (docs/scaling.md).
+All GPUs of a host are used. Several processes, on one host or many: srun or mpirun before the command, or in
+each --coordinator HOST:PORT --processes N --process I (docs/scaling.md).
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Devices:
         self._everywhere = NamedSharding(self.mesh, PartitionSpec())
 
     def share(self, lists: int, parts: int) -> Share | None:
-        """What this process holds of a step of `lists` in `parts` micro-batches; None when it is all."""
+        """What this process holds of a step of `lists` in `parts` micro-batches; None: all, as it is."""
         if self.count == 1:
             return None
         order = device_order(lists, parts, self.count)
@@ -84,7 +84,7 @@ class Devices:
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
 
     def whole(self, tree: Tree) -> Tree:
-        """A state as arrays over the mesh, each whole on every device: what Orbax saves."""
+        """A state as arrays whole on every device of the mesh: what Orbax saves, on any number of them."""
         if self.axis is None:
             return tree
 
@@ -113,7 +113,7 @@ def gathered(tree: Tree, axis: str | None) -> Tree:
 
 
 def once(tree: Tree, axis: str | None) -> Tree:
-    """What every device of a pmap has computed of gathered rows, so that in a sum the first one's counts."""
+    """What all devices of a pmap have computed of gathered rows, to be summed: the first one's counts."""
     if axis is None:
         return tree
     return jax.tree.map(lambda x: jnp.where(jax.lax.axis_index(axis) == 0, x, jnp.zeros_like(x)), tree)

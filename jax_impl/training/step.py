@@ -234,7 +234,7 @@ def make_step(
 def split_batch(batch: Batch, part: int, parts: int, devices: int = 1) -> Batch:
     """Micro-batch `part` of `parts`: neighbouring lists, so that related queries stay together.
 
-    Of a batch over `devices`, with rows as [devices, parts, rows]; in a pmap they are one device's.
+    Of a batch over `devices` its rows stand as [devices, parts, rows]; in a pmap they are one device's.
     """
     rows, everyone = batch.related.shape
     here = devices * rows // everyone  # devices whose rows these are

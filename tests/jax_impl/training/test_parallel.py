@@ -1,4 +1,4 @@
-"""Many devices and processes train as one does: evenly or not, by jit or pmap, saved here, resumed there.
+"""Many devices and processes train as one: evenly spread or not, by jit or pmap, saved here, resumed there.
 
 As a command: `python tests/jax_impl/training/test_parallel.py BASE OUT` makes the steps of `trajectories` on
 the devices that XLA_FLAGS asks for, and writes what they gave.
@@ -39,8 +39,8 @@ def recipe(world: World, case: str) -> RerankerConfig:
 
 
 def trajectories(base: Path) -> dict[str, np.ndarray]:
-    """'case/way/name of what was logged' -> its values in STEPS steps of gradient descent; 'case/way/p' + a
-    number -> a parameter after them."""
+    """'case/way/what was logged' -> its values in STEPS steps of gradient descent; 'case/way/p<number>' -> a
+    parameter after them."""
     import jax
     import jax.numpy as jnp
     import optax
