@@ -207,10 +207,8 @@ def make_step(
     def step(state: TrainState, batch: Batch, moment: Moment) -> tuple[TrainState, dict[str, jax.Array]]:
         micro = [split_batch(batch, part, parts, count) for part in range(parts)]
         scale = denominators(config, micro, axis)
-        loss = jnp.zeros(())
-        sums: dict[str, Any] = {}
-        gradients: Any = None
-        for part, piece in enumerate(micro):
+
+        def of_part(part: jax.Array | int, piece: Batch) -> tuple[jax.Array, dict[str, jax.Array], Any]:
             keys = None
             if dropout_key is not None:
                 rows, width = piece.mask.size, piece.mask.shape[1]
@@ -218,10 +216,19 @@ def make_step(
                 key = jax.random.fold_in(dropout_key, state.step)
                 keys = row_keys(key, rows, part * lists * width + before)
             (value, terms), grads = gradient(state.learned, state.fixed, piece, moment, keys, scale)
-            loss += value
-            sums = {name: sums.get(name, 0.0) + pair[0] for name, pair in terms.items()}
-            gradients = grads if gradients is None else jax.tree.map(jnp.add, gradients, grads)
-        loss, sums, gradients = summed((loss, sums, gradients), axis)
+            return value, {name: pair[0] for name, pair in terms.items()}, grads
+
+        if parts == 1:
+            found = of_part(0, micro[0])
+        else:  # a scan: of an unrolled loop XLA keeps the activations of all parts at once
+            nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, 0, micro[0]))
+            stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *micro)
+            found, _ = jax.lax.scan(
+                lambda so_far, x: (jax.tree.map(jnp.add, so_far, of_part(*x)), None),
+                nothing,
+                (jnp.arange(parts), stacked),
+            )
+        loss, sums, gradients = summed(found, axis)
         updates, opt_state = optimizer.update(gradients, state.optimizer, state.learned)
         learned = optax.apply_updates(state.learned, updates)
         logged = {name: value * scale[name] for name, value in sums.items()}

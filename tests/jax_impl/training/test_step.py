@@ -133,6 +133,20 @@ def test_dropout_too_is_the_same_in_micro_batches(world: World, seed: int) -> No
     assert abs(whole[1]["rank"] - one_step(recipe(world, "listwise"), model, batch)[1]["rank"]) > 1e-4
 
 
+def test_micro_batches_lower_the_memory_of_a_step(world: World, seed: int) -> None:
+    batch, times = random_batch(seed), 16
+    many = Batch(*(jnp.tile(x, (times, *[1] * (x.ndim - 1))) for x in batch))
+    many = many._replace(related=jnp.tile(batch.related, (times, times)))
+    graphdef, learned, fixed = nnx.split(load(world), nnx.Param, ...)
+    state = TrainState(learned, fixed, optax.sgd(0.1).init(learned), jnp.zeros((), jnp.int32))
+    needed = []
+    for parts in (1, times):
+        config = world.config(batch_size=times * B, micro_batches=parts)
+        step: Any = make_step(config, graphdef, optax.sgd(0.1), None)
+        needed.append(step.lower(state, many, MOMENT).compile().memory_analysis().temp_size_in_bytes)
+    assert needed[1] < needed[0] / 4
+
+
 def test_terms_between_queries_see_the_queries_of_one_micro_batch(world: World, seed: int) -> None:
     """Summed over micro-batches, divided by the pairs that micro-batches hold: related 2-3 here, not 0-3."""
     model, batch = load(world), random_batch(seed)
