@@ -258,8 +258,10 @@ class Trainer:
         with self.processes.together():
             if self.processes.first:
                 result = self.dev.evaluate(self._scorer_now())
-        numbers = [getattr(result, field.name) for field in dataclasses.fields(result)[:-1]]
-        return DevResult(*self.processes.told(numbers), result.confidence)
+        names = [field.name for field in dataclasses.fields(result) if field.name != "confidence"]
+        told = self.processes.told([getattr(result, name) for name in names])
+        numbers: dict[str, Any] = dict(zip(names, told, strict=True))
+        return dataclasses.replace(result, **numbers)
 
     def _guard_collapse(self, step: int, result: DevResult, notes: dict[str, Any]) -> None:
         if step <= self.config.train.warmup * self.steps:
