@@ -271,8 +271,9 @@ class Trainer:
             if self.processes.first:
                 result = self.dev.evaluate(self._scorer_now())
         names = [field.name for field in dataclasses.fields(result) if field.name != "confidence"]
-        told: Any = dict(zip(names, self.processes.told([getattr(result, n) for n in names]), strict=True))
-        return DevResult(**told, confidence=result.confidence)
+        told = self.processes.told([getattr(result, name) for name in names])
+        numbers: dict[str, Any] = dict(zip(names, told, strict=True))
+        return dataclasses.replace(result, **numbers)
 
     def _guard_collapse(self, step: int, result: DevResult, notes: dict[str, Any]) -> None:
         if step <= self.config.train.warmup * self.steps:

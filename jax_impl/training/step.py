@@ -115,11 +115,10 @@ def loss_terms(
         )
     if pairs_queries(config):
         re, im = (x.reshape(*lists, -1) for x in out.query)  # [B, L, C]
-        rows = (re, im, *judged, batch.related, batch.query_index)
-        re, im, labels, mask, related, index = gathered(rows, axis)
-        terms["entanglement_attract"], terms["entanglement_repel"] = once(
-            entanglement_loss(re, im, labels, mask, related, quantum.entanglement_margin, index), axis
-        )
+        everyone = gathered((re, im, *judged, batch.related, batch.query_index), axis)
+        re, im, labels, mask, related, index = everyone
+        pairs = entanglement_loss(re, im, labels, mask, related, quantum.entanglement_margin, index)
+        terms["entanglement_attract"], terms["entanglement_repel"] = once(pairs, axis)
         weights |= dict.fromkeys(
             ("entanglement_attract", "entanglement_repel"), quantum.entanglement_weight * moment.ramp
         )
