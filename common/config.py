@@ -91,9 +91,12 @@ class DataConfig:
     """Candidates in a training list, positives included."""
     max_positives: int = 1
     """Positives in a training list, the best graded; among equal grades drawn anew each epoch."""
-    negatives: Literal["bm25", "dense", "rrf", "judged", "given", "random"] = "rrf"
+    negatives: Literal["auto", "bm25", "dense", "rrf", "judged", "given", "random"] = "auto"
     """Where negatives are drawn from: the top of a first stage, passages judged irrelevant (among several
-    sources rrf for those that judge none), the triples' own, or anywhere."""
+    sources rrf for those that judge none), those given with a query's row, or anywhere. `auto`: the given
+    ones where a query has some, else rrf."""
+    mined: str | None = None
+    """A file of scripts/mine_negatives.py, mined from this very data: its negatives count as given."""
     negative_pool: int = 30
     """Hardest negatives kept for a query; a list draws from them anew each epoch."""
     max_query_tokens: int = 64
@@ -341,6 +344,12 @@ class RerankerConfig:
             ("data.max_query_tokens", d.max_query_tokens, d.max_query_tokens >= 1, ">= 1"),
             ("data.max_passage_tokens", d.max_passage_tokens, d.max_passage_tokens >= 1, ">= 1"),
             ("data.length_buckets", d.length_buckets, _increasing(d.length_buckets), "increasing, >= 8"),
+            (
+                "data.negatives",
+                d.negatives,
+                d.mined is None or d.negatives in ("auto", "given"),
+                "'auto' or 'given' with data.mined, whose negatives would be left out",
+            ),
             (
                 "data.in_batch_negatives",
                 d.in_batch_negatives,

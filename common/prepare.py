@@ -15,9 +15,10 @@ from common.checkpoint import HEAD_FILE
 from common.config import TEACHER_OBJECTIVES, DataConfig, RerankerConfig
 from common.data import lists
 from common.data.combined import source_of
+from common.data.negatives import joined
 from common.data.original import Original, original_outputs
 from common.data.pipeline import Embed, ListPlan, Recall
-from common.data.records import Qrels, RankingData, Run, stable_id
+from common.data.records import Qrels, RankingData, Run, parse_triples, stable_id
 from common.data.sources import load_ranking_data, read_trec_run
 from common.errors import UserError
 from common.hub import resolve_model
@@ -47,8 +48,10 @@ def cache_root() -> Path:
 
 
 def load_data(config: DataConfig) -> RankingData:
-    """The recipe's ranking data, validated, with its teacher's scores."""
+    """The recipe's ranking data, validated, with mined negatives and its teacher's scores."""
     data = load_ranking_data(config.name, on_bad_row=config.on_bad_row)
+    if config.mined is not None:
+        data = joined(data, parse_triples(config.mined)[0], config.mined)
     if config.teacher is None:
         return data
     scores = {
@@ -282,8 +285,11 @@ def _write_training(
 
 def _negatives(config: RerankerConfig, data: RankingData, encoder: Encoder) -> Run:
     source, split = config.data.negatives, config.data.train_split
-    if source == "given":
-        return lists.given_negatives(data)
+    given = lists.given_negatives(data)
+    if source == "given" or (source == "auto" and given.keys() >= data.split(split).keys()):
+        return given
+    if source == "auto":
+        return candidates(data, split, encoder, depth=config.data.negative_pool)["rrf"] | given
     if source == "random":
         return lists.random_negatives(data, split, config.data.negative_pool, config.train.seed)
     if source == "judged":

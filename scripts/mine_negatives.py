@@ -2,9 +2,9 @@
 
 example: python scripts/mine_negatives.py --data my_pairs.jsonl --by dense --out mined.jsonl
 
-Then train on them: python scripts/train.py --data mined.jsonl --data.negatives given. A teacher (--teacher
-MODEL) leaves out what it finds as good as the positives; its scores are then the ones written, for the
-objectives margin_mse and soft_labels.
+Then train on them: python scripts/train.py --data my_pairs.jsonl --data.mined mined.jsonl. A teacher
+(--teacher MODEL) leaves out what it finds as good as the positives; its scores are then the ones written, for
+the objectives margin_mse and soft_labels.
 """
 
 from __future__ import annotations

@@ -7,13 +7,13 @@ the positive's score is NV-Retriever's (Moreira et al. 2024, arXiv:2407.15831).
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from common.data.records import Qrels, RankingData, Run, relevant_passages, same_words
+from common.data.records import Qrels, RankingData, Run, Triple, relevant_passages, same_words
 from common.errors import UserError
 from common.metrics.ranking import ranked
 
@@ -191,3 +191,29 @@ def rows(
                     "positive_scores": own,
                     "negative_scores": score,
                 }
+
+
+def joined(data: RankingData, triples: Sequence[Triple], where: object) -> RankingData:
+    """The data with the negatives, and a teacher's scores, of rows that were mined from it: found by their
+    texts, in place of other negatives of these queries. UserError for a text that the data lacks."""
+    asked: dict[str, list[str]] = defaultdict(list)
+    for query, text in data.queries.items():
+        asked[same_words(text)].append(query)
+    passages = {text.strip(): passage for passage, text in data.corpus.items()}
+    negatives: dict[str, dict[str, None]] = defaultdict(dict)
+    teacher: Run = {query: dict(scores) for query, scores in data.teacher.items()}
+    for triple in triples:
+        lost = [text for text in (*triple.positives, *triple.negatives) if text not in passages]
+        if same_words(triple.query) not in asked or lost:
+            what = f"passage {lost[0][:80]!r}" if lost else f"query {triple.query[:80]!r}"
+            raise UserError(f"{where}: was mined from other data: its {what} is not in {data.name}.")
+        scored = (
+            *zip(triple.positives, triple.positive_scores, strict=False),
+            *zip(triple.negatives, triple.negative_scores, strict=False),
+        )
+        for query in asked[same_words(triple.query)]:
+            negatives[query].update(dict.fromkeys(passages[text] for text in triple.negatives))
+            if scored:
+                teacher.setdefault(query, {}).update({passages[text]: score for text, score in scored})
+    given = {query: tuple(found) for query, found in negatives.items() if found}
+    return replace(data, negatives={**data.negatives, **given}, teacher=teacher)

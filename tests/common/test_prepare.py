@@ -69,6 +69,43 @@ def test_given_negatives_are_the_rows_own_and_rows_without_are_dropped(world: Wo
     assert lost == sum(ready.dropped.values()) > 0
 
 
+def test_by_default_given_negatives_stand_where_there_are_some(world: World, tmp_path: Path) -> None:
+    rows = world.data.read_text().splitlines()
+    file = tmp_path / "some.jsonl"
+    with_negative = [row[:-1] + f', "negative": ["given {n}"]}}' for n, row in enumerate(rows[:50])]
+    file.write_text("\n".join([*with_negative, *rows[50:]]))
+    _, ready = prepared(world, name=str(file), negatives="auto")
+    given = [len(item.negatives) == 1 and "given" in item.negatives[0] for item in ready.training]
+    assert len(given) == len(ready.data.split("train")) and 0 < sum(given) < len(given)
+
+
+def test_mined_negatives_join_their_data_and_no_other(world: World, tmp_path: Path) -> None:
+    data = load_data(world.config().data)
+    query = sorted(data.split("train"))[0]
+    other = next(p for p in data.corpus if p not in data.split("train")[query])
+    mined = tmp_path / "mined.jsonl"
+    row = {
+        "query": data.queries[query].upper(),
+        "positive": data.corpus[other],
+        "negative": data.corpus[other],
+    }
+    for text, fits in ((data.corpus[other], True), ("from elsewhere", False)):
+        mined.write_text(json.dumps({**row, "negative": text, "negative_scores": [0.5]}))
+        settings = replace(world.config().data, mined=str(mined))
+        if not fits:
+            with pytest.raises(UserError, match=r"mined\.jsonl: was mined from other data.*from elsewhere"):
+                load_data(settings)
+            continue
+        found = load_data(settings)
+        assert found.negatives == {query: (other,)} and found.teacher == {query: {other: 0.5}}
+        assert found.qrels == data.qrels
+    config = replace(world.config(), data=replace(world.config().data, mined="x", negatives="rrf"))
+    with pytest.raises(
+        UserError, match=r"data\.negatives is 'rrf'; allowed: 'auto' or 'given' with data\.mi"
+    ):
+        config.validate()
+
+
 def test_judged_negatives_are_the_passages_judged_irrelevant(world: World, tmp_path: Path) -> None:
     (tmp_path / "qrels").mkdir()
     data = load_data(world.config().data)

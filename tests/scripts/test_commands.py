@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from common.config import DataConfig
 from common.data.sources import load_ranking_data, write_trec_run
 from common.errors import UserError
+from common.prepare import load_data
 from common.runs import read_metrics
 from tests.tiny import FILLER, World, command
 
@@ -392,7 +394,9 @@ def test_mined_negatives_are_training_data(project: Project, tmp_path: Path, by:
     flags += ["--count", 3, "--relative-margin", "None", "--by", by]
     said = run("mine_negatives", *flags, *(["--model", best] if by == "cross-encoder" else []))
     assert "49 rows, 147 negatives of 49 queries" in said
-    mined = load_ranking_data(str(out), dev_fraction=0.0, test_fraction=0.0)
+    config = replace(DataConfig(), name=str(project.world.data), mined=str(out))
+    mined, whole = load_data(config), load_ranking_data(str(project.world.data))
+    assert (mined.corpus, mined.qrels) == (whole.corpus, whole.qrels)  # all splits, the whole corpus
     assert all(len(passages) == 3 for passages in mined.negatives.values())
     relevant = {(q, p) for q, grades in mined.split("train").items() for p in grades}
     assert not relevant & {(q, p) for q, passages in mined.negatives.items() for p in passages}
