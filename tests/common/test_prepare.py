@@ -86,7 +86,7 @@ def test_mined_negatives_join_their_data_and_no_other(world: World, tmp_path: Pa
     mined = tmp_path / "mined.jsonl"
     row = {
         "query": data.queries[query].upper(),
-        "positive": data.corpus[other],
+        "positive": data.corpus[next(iter(data.split("train")[query]))],
         "negative": data.corpus[other],
     }
     for text, fits in ((data.corpus[other], True), ("from elsewhere", False)):
