@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import signal
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +15,7 @@ from common.backends import Scores
 from common.config import RerankerConfig
 from common.data.records import Run
 from common.errors import UserError, out_of_memory
+from common.hub import DEFAULT_MODEL
 from common.metrics.calibration import Confidence, confidence_features
 from common.metrics.ranking import evaluate_run, mean, ranked
 from common.prepare import Prepared, dev_candidates
@@ -134,14 +136,15 @@ def model_card(config: RerankerConfig, settings: Mapping[str, Any], training: di
     """README.md of a checkpoint directory: what it is, how to load it, what was measured."""
     dev, data = training["dev"], training["data"]
     metric = config.evaluation.metric
+    base = DEFAULT_MODEL if config.model.base == "default" else config.model.base
+    on_hub = base.count("/") == 1 and base[0] not in "./~" and not Path(base).exists()
     return f"""---
 library_name: sentence-transformers
-pipeline_tag: text-ranking
-base_model: {config.model.base}
+pipeline_tag: text-ranking{chr(10) + "base_model: " + base if on_hub else ""}
 ---
 # {config.name}
 
-A quantum-resonance reranker (cross-encoder), fine-tuned from `{config.model.base}` (start:
+A quantum-resonance reranker (cross-encoder), fine-tuned from `{base}` (start:
 {settings["start"]}) on `{data["name"]}` (fingerprint {data["fingerprint"]}), step {training["step"]}.
 
 | dev, {dev["queries"]} queries, top {dev["depth"]} of {dev["first_stage_name"]} | {metric} |
@@ -153,7 +156,8 @@ A quantum-resonance reranker (cross-encoder), fine-tuned from `{config.model.bas
 These queries chose the checkpoint and the weight; measure a test split with `scripts/evaluate.py`.
 
 `scripts/rerank.py --model DIR` uses the full score. `sentence_transformers.CrossEncoder(DIR)` and others
-load the portable score, the linear classifier distilled from it.
+load the portable score, the linear classifier distilled from it; it is ours for pairs that no limit cuts
+(query {settings["max_query_tokens"]}, passage {settings["max_passage_tokens"]} tokens).
 """
 
 
