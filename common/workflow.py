@@ -117,7 +117,8 @@ def train_recipe(
         summary = trainer.run(folder)
         with processes.together():  # the others wait: a process that ends early would end the run
             if processes.first:
-                say(verdict(config, summary))
+                if summary["best_dev"] is not None:  # of several processes of MLX the leader alone scores dev
+                    say(verdict(config, summary))
                 shown = evaluate_best(config, options, prepared, folder, encoder, summary, say)
     return TrainedRun(folder.path, prepared.first_stage, shown, False)
 

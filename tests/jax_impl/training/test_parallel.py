@@ -92,7 +92,7 @@ def test_uneven_lists_on_several_devices_train_as_on_one(
     """Logged terms to 1e-4 of their size, parameters to 1e-5, after 4 steps at rate 0.1."""
     names = [name for name in made if name.startswith(f"{case}/one device/")]
     assert f"{case}/one device/entanglement_attract" in names
-    assert (made[f"{case}/one device/entanglement_repel"] != 0).any()
+    assert (made[f"{case}/one device/entanglement_attract"] != 0).any()
     for name in names:
         ours, one = made[name.replace("one device", way)], made[name]
         if "/p" in name and name.rpartition("/p")[2].isdigit():
