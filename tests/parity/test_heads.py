@@ -71,16 +71,16 @@ def test_a_head_and_its_gradients_are_the_reference_s(
     def theirs(query: np.ndarray, passage: np.ndarray, **changed: np.ndarray) -> np.ndarray:
         return expected(head, drawn | changed, query, passage)
 
-    label = f"{backend.name} {head} of {projector}"
+    label, pair = f"heads, {head} of {projector}", f"{backend.name} with the reference"
     (found,), by_weights = backend.results(made, lambda *x: [number(*x)], seed, query, passage)
-    check(label, found, theirs(query, passage), LOSS_TOLERANCE)
+    check(label, pair, found, theirs(query, passage), LOSS_TOLERANCE)
     ((by_query, by_passage),) = backend.gradients(
         lambda *x: mixed(backend, [number(made, *x)], seed), (0, 1)
     )(query, passage)
     by_hand = numeric_gradient(lambda x: float(share @ theirs(x, passage)), query)
-    check(f"{label} gradient by query", by_query, by_hand, LOSS_TOLERANCE)
+    check(f"{label} gradient by query", pair, by_query, by_hand, LOSS_TOLERANCE)
     by_hand = numeric_gradient(lambda x: float(share @ theirs(query, x)), passage)
-    check(f"{label} gradient by passage", by_passage, by_hand, LOSS_TOLERANCE)
+    check(f"{label} gradient by passage", pair, by_passage, by_hand, LOSS_TOLERANCE)
     assert by_weights.keys() == drawn.keys()
     for name, gradient in by_weights.items():
         if name in ("u", "gamma", "b"):
@@ -89,7 +89,13 @@ def test_a_head_and_its_gradients_are_the_reference_s(
         def moved(x: np.ndarray, name: str = name) -> float:
             return float(share @ theirs(query, passage, **{name: x}))
 
-        check(f"{label} gradient by {name}", gradient, numeric_gradient(moved, drawn[name]), LOSS_TOLERANCE)
+        check(
+            f"{label} gradient by {name}",
+            pair,
+            gradient,
+            numeric_gradient(moved, drawn[name]),
+            LOSS_TOLERANCE,
+        )
 
 
 def both(backend: Backend, seed: int, *heads: tuple[str, str]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -109,7 +115,7 @@ def both(backend: Backend, seed: int, *heads: tuple[str, str]) -> list[tuple[np.
 def test_a_real_head_of_twice_the_width_starts_as_the_cartesian_r(backend: Backend, seed: int) -> None:
     cartesian, real = both(backend, seed, ("resonance", "cartesian"), ("real", "cartesian"))
     for ours, theirs in zip(real, cartesian, strict=True):
-        check(f"{backend.name} real head with cartesian r", ours, theirs, 1e-6)
+        check("heads, real", f"{backend.name} with cartesian r", ours, theirs, 1e-6)
     assert np.abs(real[1]).max() > 1e-3
     # and it is the cosine, computed without any state
     made = make_head(backend, "real", "cartesian", seed)
@@ -117,7 +123,7 @@ def test_a_real_head_of_twice_the_width_starts_as_the_cartesian_r(backend: Backe
     assert kernel.shape == (D, 2 * C)
     query, passage = float32_exact(np.random.default_rng(seed).normal(size=(2, 4, D))) @ kernel
     cosine = (query * passage).sum(-1) / np.linalg.norm(query, axis=-1) / np.linalg.norm(passage, axis=-1)
-    check(f"{backend.name} real head with the cosine", real[0], cosine, 1e-6)
+    check("heads, real", f"{backend.name} with the cosine", real[0], cosine, 1e-6)
 
 
 def test_the_overlap_is_the_polar_fidelity_of_agreeing_phases_from_the_same_start(
@@ -135,7 +141,13 @@ def test_the_overlap_is_the_polar_fidelity_of_agreeing_phases_from_the_same_star
     silent = starts[0] | {
         name: 0 * starts[0][name] for name in ("projector.phase.weight", "projector.phase.bias")
     }
-    check(f"{backend.name} overlap", value, expected("root_fidelity", silent, query, passage), LOSS_TOLERANCE)
+    check(
+        "heads, overlap",
+        f"{backend.name} with the reference",
+        value,
+        expected("root_fidelity", silent, query, passage),
+        LOSS_TOLERANCE,
+    )
 
 
 def test_no_imaginary_part_grows_where_it_starts_at_zero(backend: Backend, seed: int) -> None:
@@ -159,13 +171,25 @@ def test_one_block_is_the_whole_fidelity_and_equal_weights_are_the_mean(backend:
         return outputs(*map(np.float32, states))[0]
 
     psi, chi = reference.normalise(*states[:2]), reference.normalise(*states[2:])
-    check(f"{backend.name} one block", value(1), reference.root_fidelity(psi, chi), LOSS_TOLERANCE)
+    check(
+        "heads, one block",
+        f"{backend.name} with the reference",
+        value(1),
+        reference.root_fidelity(psi, chi),
+        LOSS_TOLERANCE,
+    )
     parts = [
         [reference.normalise(*(x[:, place : place + 2] for x in side)) for side in (states[:2], states[2:])]
         for place in range(0, C, 2)
     ]
     fidelity = np.mean([reference.root_fidelity(*part) ** 2 for part in parts], axis=0)
-    check(f"{backend.name} equal blocks", value(FIDELITY_BLOCKS), np.sqrt(fidelity), LOSS_TOLERANCE)
+    check(
+        "heads, equal blocks",
+        f"{backend.name} with the reference",
+        value(FIDELITY_BLOCKS),
+        np.sqrt(fidelity),
+        LOSS_TOLERANCE,
+    )
 
 
 @pytest.mark.parametrize("head", HEAD_PROJECTORS)
@@ -191,7 +215,7 @@ def test_a_cross_encoder_with_a_head_agrees_with_its_twin(
         backend.results(model, lambda *x, b=backend: pair_outputs(b, *x), seed, case.input_ids, case.sides)
         for backend, model in zip(twins, models, strict=True)
     ]
-    compare(f"cross-encoder, {head}, jax with mlx", *results)
+    compare(f"cross-encoder with a head, {head}", "jax with mlx", *results)
     still = {name for name, gradient in results[0][1].items() if not gradient.any()}
     unread = {"resonance.gamma"} if head == "cls" else set()
     assert {name for name in still if not name.endswith("key.bias")} == unread
@@ -214,10 +238,16 @@ def test_a_half_open_cross_encoder_agrees_with_its_twin(
         b.results(m, outputs, seed, *inputs) for b, m in zip(twins, models, strict=True)
     )
     for ours, theirs in zip(mlx_values, jax_values, strict=True):
-        check(f"openness {openness}, jax with mlx", ours, theirs, 1e-4)
+        check(f"separable start, {openness}", "jax with mlx", ours, theirs, 1e-4)
     assert jax_gradients.keys() == mlx_gradients.keys()
     for name, gradient in jax_gradients.items():
-        check(f"openness {openness}, gradient of {name}", mlx_gradients[name], gradient, 1e-4)
+        check(
+            f"separable start, {openness}, gradient of {name}",
+            "mlx with jax",
+            mlx_gradients[name],
+            gradient,
+            1e-4,
+        )
 
 
 def test_closed_attention_leaves_the_query_as_if_alone_and_open_attention_is_the_usual_one(
@@ -235,10 +265,16 @@ def test_closed_attention_leaves_the_query_as_if_alone_and_open_attention_is_the
 
     query = (sides == 1)[..., None]
     alone = hidden(np.where(sides == 1, sides, 0), 1.0)
-    check(f"{backend.name} closed", hidden(sides, 0.0) * query, alone * query, 1e-5)
+    check(
+        "separable start, closed",
+        f"{backend.name} with the query alone",
+        hidden(sides, 0.0) * query,
+        alone * query,
+        1e-5,
+    )
     assert np.abs((hidden(sides, 1.0) - alone) * query).max() > 1e-3
     usual = np.asarray(model.encoder(backend.array(ids), backend.array(sides > 0)), np.float64)
-    check(f"{backend.name} open", hidden(sides, 1.0), usual, 1e-6)
+    check("separable start, open", f"{backend.name} with the usual encoder", hidden(sides, 1.0), usual, 1e-6)
 
 
 def settings(head: str) -> ModelConfig:
@@ -274,7 +310,7 @@ def test_a_checkpoint_keeps_its_head_in_both_backends_and_its_portable_score_in_
     for head, directory in saved.items():
         assert read_config(directory)["resonance"]["head"] == head
         ours, theirs = (scores(b, directory, ModelConfig()) for b in twins)  # the recipe names no head
-        check(f"saved {head}, jax with mlx", ours, theirs, 1e-4)
+        check(f"saved heads, {head}", "jax with mlx", ours, theirs, 1e-4)
         assert ours[2].any() == (head != "cls")
         if head != "cls":
             with pytest.raises(UserError, match=f"head is 'cls', the checkpoint has '{head}'"):
@@ -289,7 +325,13 @@ def test_a_checkpoint_keeps_its_head_in_both_backends_and_its_portable_score_in_
     for directory in saved.values():
         oracle = BertForSequenceClassification.from_pretrained(directory, dtype=torch.float64).eval()
         portable = oracle(ids, torch.ones_like(ids)).logits[:, 0].detach().numpy()
-        check("portable", scores(twins[0], directory, ModelConfig())[1], portable, 1e-4)
+        check(
+            "saved heads, portable",
+            "jax with transformers",
+            scores(twins[0], directory, ModelConfig())[1],
+            portable,
+            1e-4,
+        )
 
 
 def test_a_checkpoint_without_a_head_s_name_has_the_resonance_and_an_unknown_one_is_refused(
