@@ -102,6 +102,7 @@ class Trainer:
                     f"process {self.processes.index} has steps, lists and sum of parameters {mine}, the "
                     f"first one {theirs}: give all processes the same command, files and versions."
                 )
+        self.devices.meet()
 
     def _base_encoder(self, directory: Path) -> JaxEncoder | None:
         """The base as it was, where the recipe holds the states to its own."""

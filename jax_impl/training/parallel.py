@@ -42,6 +42,16 @@ class Devices:
         self._devices = list(self.mesh.devices.flat)
         self._everywhere = NamedSharding(self.mesh, PartitionSpec())
 
+    def meet(self) -> None:
+        """The first sum over all devices, to be called when all processes are there.
+
+        On CPU a first one fails where a process comes more than 30 seconds late, as after compiling a step;
+        later ones wait.
+        """
+        rows = NamedSharding(self.mesh, PartitionSpec(AXIS))
+        ones = jax.make_array_from_process_local_data(rows, np.ones(len(self._here()), np.float32))
+        jax.jit(jnp.sum, out_shardings=self._everywhere)(ones).block_until_ready()
+
     def share(self, lists: int, parts: int) -> Share | None:
         """What this process holds of a step of `lists` in `parts` micro-batches; None: all, as it is."""
         if self.count == 1:

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from common.config import RerankerConfig
 from common.runs import read_metrics
-from jax_impl.scoring import load_scorer
 from tests.tiny import World, environment
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -61,7 +61,8 @@ def trajectories(base: Path) -> dict[str, np.ndarray]:
         state = TrainState(learned, fixed, optimizer.init(learned), jnp.zeros((), jnp.int32))
         state, logs = devices.replicate(state), []
         for number in range(STEPS):
-            batch = ListBatch(**{k: np.asarray(v) for k, v in random_batch(number)._asdict().items()})
+            batch = ListBatch(**{k: np.array(v) for k, v in random_batch(number)._asdict().items()})
+            batch.related[0, 3] = batch.related[3, 0] = 0  # pairs to push apart too, on different devices
             if share is not None:
                 assert (share.rows == -1).any()
                 batch = arranged(batch, share.rows, share.order, 0)
@@ -91,8 +92,8 @@ def test_uneven_lists_on_several_devices_train_as_on_one(
 ) -> None:
     """Logged terms to 1e-4 of their size, parameters to 1e-5, after 4 steps at rate 0.1."""
     names = [name for name in made if name.startswith(f"{case}/one device/")]
-    assert f"{case}/one device/entanglement_attract" in names
-    assert (made[f"{case}/one device/entanglement_attract"] != 0).any()
+    if case == "one micro-batch":
+        assert all((made[f"{case}/one device/entanglement_{x}"] > 0).any() for x in ("attract", "repel"))
     for name in names:
         ours, one = made[name.replace("one device", way)], made[name]
         if "/p" in name and name.rpartition("/p")[2].isdigit():
@@ -165,13 +166,14 @@ def losses(runs: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Logged terms to 1e-3 (Adam, sums in another order), scores of the final checkpoints to 2e-3."""
+    """Logged terms to 1e-4, final parameters to 1e-5 but for those whose gradient is 0 analytically."""
     for one, two in zip(losses(a), losses(b), strict=True):
-        assert two == pytest.approx(one, rel=1e-3, abs=1e-4)
-    queries, passages = ["bolum bano", "dolum bano kino"], ["bolum banosh luro", "dolum kinosh bano"]
-    ours, theirs = (load_scorer(runs / "tiny" / "final").score(queries, passages) for runs in (a, b))
-    np.testing.assert_allclose(ours.score, theirs.score, atol=2e-3)
-    np.testing.assert_allclose(ours.resonance, theirs.resonance, atol=1e-4)
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-5)
+    for file in ("model", "resonance"):
+        ours, theirs = (load_file(runs / "tiny" / "final" / f"{file}.safetensors") for runs in (a, b))
+        for name in ours.keys() - {"classifier.bias"}:
+            if not name.endswith("key.bias"):  # Adam makes steps of its rounding errors
+                np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5, err_msg=name)
 
 
 def back_to_the_state_before(runs: Path, copy: Path) -> None:
