@@ -9,29 +9,25 @@ installed; a row says which one it was. Says nothing about a Mac's GPU.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import RESULTS, Record, compared
-from common.config import DataConfig, EvalConfig, ModelConfig, RerankerConfig, TrainConfig
-from common.data import lists
-from common.data.sources import load_ranking_data
+from benchmarks.record import Record, compared
+from benchmarks.reranker_training import bm25_lists, speed_options, speed_recipe
+from common.config import RerankerConfig
 from common.errors import UserError, run_command
 from common.prepare import Prepared
-from common.retrieval.lexical import bm25_run
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
-    options = _options()
-    config = _recipe(options)
-    prepared = prepare(config, options.lists * options.steps)
+    options = speed_options(__doc__)
+    config, needed = speed_recipe(options, options.steps), options.lists * options.steps
+    prepared = bm25_lists(config, needed)
+    prepared = dataclasses.replace(prepared, training=prepared.training[:needed])  # what both repeat
     contestants = {name: contestant(name, config, prepared) for name in ("jax", "mlx")}
     seconds = measure(contestants, options.steps, options.repetitions)
     plan = contestants["jax"].trainer.plan
@@ -69,19 +65,6 @@ class Contestant:
         return time.perf_counter() - start
 
 
-def prepare(config: RerankerConfig, needed: int) -> Prepared:
-    """The first `needed` training lists, BM25's negatives, and a dev split that nobody looks at."""
-    data = load_ranking_data(config.data.name)
-    stages = {
-        split: bm25_run(data.corpus, {query: data.queries[query] for query in data.split(split)}, 50)
-        for split in ("train", "dev")
-    }
-    made, _ = lists.build_lists(data, "train", stages["train"], config.data.negative_pool)
-    if len(made) < needed:
-        raise UserError(f"{config.data.name}: {len(made)} training lists, but {needed} are to be measured")
-    return Prepared(data, made[:needed], {"bm25": stages["dev"]}, {}, "bm25")  # type: ignore[arg-type]
-
-
 def contestant(name: str, config: RerankerConfig, prepared: Prepared) -> Contestant:
     """The Trainer of a backend, ready to take steps."""
     if name == "jax":
@@ -109,35 +92,6 @@ def measure(contestants: dict[str, Contestant], steps: int, repetitions: int) ->
             if repetition:
                 seconds[name].append(taken)
     return seconds
-
-
-def _recipe(options: argparse.Namespace) -> RerankerConfig:
-    return RerankerConfig(
-        name="speed",
-        model=ModelConfig(base=options.base),
-        data=DataConfig(name=options.data, negatives="bm25", list_size=options.list_size),
-        train=TrainConfig(batch_size=options.lists, epochs=0, max_steps=options.steps),
-        evaluation=EvalConfig(first_stage="bm25", dev_queries=4, dev_depth=5),
-    ).validate()
-
-
-def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    shared = Path(os.environ.get("RESONANCE_DATA") or ROOT.parent / "shared" / "data")
-    parser.add_argument("--data", default=str(shared / "scifact"), help="ranking data, as --data.name")
-    parser.add_argument("--base", default="default", help="the model that both begin with")
-    parser.add_argument("--lists", type=int, default=4, help="lists in a step")
-    parser.add_argument("--list-size", type=int, default=4, help="pairs in a list")
-    parser.add_argument("--steps", type=int, default=4, help="steps in a repetition")
-    parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--results", default=str(RESULTS), help="where the JSON goes")
-    parser.add_argument("--quick", action="store_true", help="one step and one repetition")
-    options = parser.parse_args(arguments)
-    if options.quick:
-        options.steps = options.repetitions = 1
-    return options
 
 
 if __name__ == "__main__":

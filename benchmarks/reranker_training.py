@@ -19,11 +19,14 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.record import Record, compared, device_name
 from common.config import DataConfig, EvalConfig, ModelConfig, RerankerConfig, TrainConfig
 from common.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from common.prepare import Prepared
 
 ROOT = Path(__file__).resolve().parents[1]
 PEER = "sentence-transformers"
@@ -32,8 +35,8 @@ Pairs = list[tuple[str, str, float]]  # query, passage, label
 
 
 def main() -> None:
-    options = _options()
-    config = _recipe(options)
+    options = speed_options(__doc__)
+    config = speed_recipe(options, options.steps * options.repetitions)
     ours = Ours(config, options)
     windows = [ours.window(i) for i in range(options.repetitions)]
     workload = {
@@ -110,23 +113,10 @@ class Ours:
     """The Trainer of a recipe, stepped by hand."""
 
     def __init__(self, config: RerankerConfig, options: argparse.Namespace) -> None:
-        from common.data import lists
-        from common.data.sources import load_ranking_data
         from common.hub import resolve_model
-        from common.prepare import Prepared
-        from common.retrieval.lexical import bm25_run
         from jax_impl.training.loop import Trainer
 
-        data = load_ranking_data(config.data.name)
-        needed = options.lists * options.steps * options.repetitions
-        stages = {
-            split: bm25_run(data.corpus, {q: data.queries[q] for q in data.split(split)}, 50)
-            for split in ("train", "dev")
-        }
-        made, _ = lists.build_lists(data, "train", stages["train"], config.data.negative_pool)
-        if len(made) < needed:
-            raise UserError(f"{options.data}: {len(made)} training lists, but {needed} are to be measured")
-        prepared = Prepared(data, made, {"bm25": stages["dev"]}, {}, "bm25")  # type: ignore[arg-type]
+        prepared = bm25_lists(config, options.lists * options.steps * options.repetitions)
         self.directory = resolve_model(config.model.base, say=lambda _: None)
         self.trainer = Trainer(config, prepared, say=lambda _: None)
         self.steps = options.steps
@@ -253,19 +243,39 @@ def peer_step(model: Any, learning_rate: float) -> Callable[[Pairs], None]:
     return step
 
 
-def _recipe(options: argparse.Namespace) -> RerankerConfig:
+def bm25_lists(config: RerankerConfig, needed: int) -> Prepared:
+    """Training lists with BM25's negatives, at least `needed`, and a dev split that nobody looks at."""
+    from common.data import lists
+    from common.data.sources import load_ranking_data
+    from common.prepare import Prepared
+    from common.retrieval.lexical import bm25_run
+
+    data = load_ranking_data(config.data.name)
+    stages = {
+        split: bm25_run(data.corpus, {query: data.queries[query] for query in data.split(split)}, 50)
+        for split in ("train", "dev")
+    }
+    made, _ = lists.build_lists(data, "train", stages["train"], config.data.negative_pool)
+    if len(made) < needed:
+        raise UserError(f"{config.data.name}: {len(made)} training lists, but {needed} are to be measured")
+    return Prepared(data, made, {"bm25": stages["dev"]}, {}, "bm25")  # type: ignore[arg-type]
+
+
+def speed_recipe(options: argparse.Namespace, steps: int) -> RerankerConfig:
+    """The recipe whose steps are timed."""
     return RerankerConfig(
         name="speed",
         model=ModelConfig(base=options.base),
         data=DataConfig(name=options.data, negatives="bm25", list_size=options.list_size),
-        train=TrainConfig(batch_size=options.lists, epochs=0, max_steps=options.steps * options.repetitions),
+        train=TrainConfig(batch_size=options.lists, epochs=0, max_steps=steps),
         evaluation=EvalConfig(first_stage="bm25", dev_queries=4, dev_depth=5),
     ).validate()
 
 
-def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def speed_options(description: str | None, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags of a benchmark that times training steps, from its docstring's first line."""
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(description or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     shared = Path(os.environ.get("RESONANCE_DATA") or ROOT.parent / "shared" / "data")
     parser.add_argument("--data", default=str(shared / "scifact"), help="ranking data, as --data.name")

@@ -138,10 +138,11 @@ def model_card(config: RerankerConfig, settings: Mapping[str, Any], training: di
     metric = config.evaluation.metric
     base = DEFAULT_MODEL if config.model.base == "default" else config.model.base
     on_hub = base.count("/") == 1 and base[0] not in "./~" and not Path(base).exists()
+    origin = f"base_model: {base}\n" if on_hub else ""
     return f"""---
 library_name: sentence-transformers
-pipeline_tag: text-ranking{chr(10) + "base_model: " + base if on_hub else ""}
----
+pipeline_tag: text-ranking
+{origin}---
 # {config.name}
 
 A quantum-resonance reranker (cross-encoder), fine-tuned from `{base}` (start:
