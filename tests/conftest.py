@@ -34,7 +34,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture
 def seed() -> int:
-    """A fresh seed, shown when the test fails; RESONANCE_TEST_SEED=<seed> repeats it."""
+    """A fresh seed, shown when the test fails; RESONANCE_TEST_SEED=<seed> repeats it.
+
+    .ci/run sets one: what turns a check red is the change under check, not the draw.
+    """
     value = int(os.environ.get("RESONANCE_TEST_SEED") or secrets.randbits(32))
     print(f"RESONANCE_TEST_SEED={value}")
     return value
