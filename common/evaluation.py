@@ -66,12 +66,12 @@ class Row:
         default_factory=dict
     )  # first stage -> first metric against it
 
-    @property
-    def label(self) -> str:
+    def label(self, *, named: bool = True) -> str:
+        """The ranking in words; the model's name can go where a table has one model only."""
         if not self.model:
             return self.pool
         omega = f" ω={self.omega:g}" if self.omega is not None else ""
-        return f"{self.pool} → {self.model}, {self.kind}{omega}"
+        return f"{self.pool} → {f'{self.model}, ' if named else ''}{self.kind}{omega}"
 
 
 @dataclass(frozen=True)
@@ -455,12 +455,13 @@ def _pairs(rows: Sequence[Row], metric: str, seed: int) -> list[Pair]:
 def _rows_table(table: Table) -> report.Table:
     first, *others = table.metrics
     stages = [row.pool for row in table.rows if not row.model]
+    models = list(dict.fromkeys(row.model for row in table.rows if row.model))
     rows: list[list[str | float | None]] = []
     for row in table.rows:
         against = row.versus_first.get(first)
         rows.append(
             [
-                row.label,
+                row.label(named=len(models) > 1),
                 row.means[first],
                 _bracket(row.intervals[first]),
                 *(row.means[metric] for metric in others),
@@ -471,7 +472,8 @@ def _rows_table(table: Table) -> report.Table:
             ]
         )
     return {
-        "title": f"{table.data} {table.split}: {table.queries:,} queries, top {table.depth} of a first stage",
+        "title": f"{table.data} {table.split}: {table.queries:,} queries, top {table.depth} of a first stage"
+        + (f", reranked by {models[0]}" if len(models) == 1 else ""),
         "columns": [
             *("ranking", first, "[95%]", *others, "Δ", "Δ [95%]"),
             *(f"p {name}" for name in stages),

@@ -37,7 +37,7 @@ def main(model: str = "default", data: str = "pydocs", base: str = "default", qu
     )
     best = max((row for row in table.rows if row.model), key=lambda row: row.means["nDCG@10"])
     gain = best.versus_first["nDCG@10"]
-    print(f"best: {best.label}: {gain.difference:+.3f} over its first stage, p = {gain.p:.4f}")
+    print(f"best: {best.label()}: {gain.difference:+.3f} over its first stage, p = {gain.p:.4f}")
     return table
 
 

@@ -213,3 +213,10 @@ def test_scores_that_are_not_finite_are_refused(data: RankingData) -> None:
 
     with pytest.raises(UserError, match="broken: 1 of 3 scores are not finite"):
         score_pairs(Broken("broken", 1.0), data, {"q1": ["p1", "p2", "p3"]})
+
+
+def test_a_table_of_one_checkpoint_names_it_once(data: RankingData, stages: dict[str, Run]) -> None:
+    table = evaluate(data, "test", stages, [Oracle("a/long/name", 1.0, omega=0.3)], depth=6, pools=("near",))
+    lines = table.text().splitlines()
+    assert [line for line in lines if "a/long/name" in line and "reranked by" in line]
+    assert any(line.startswith("near → fused ω=0.3 ") for line in lines)

@@ -102,14 +102,14 @@ def test_preparing_says_sizes_fingerprint_truncation_and_where_it_lies(project: 
 
 
 def test_training_ends_with_the_test_table_and_what_to_type_next(project: Project) -> None:
-    for part in ("bm25 ", "dense ", "rrf ", "rrf → tiny/best, alone", "fused ω=", "portable", "p bm25"):
+    for part in ("bm25 ", "dense ", "rrf ", "rrf → alone", "fused ω=", "portable", "p bm25"):
         assert part in project.trained
     assert f"--data {project.world.data} --first-stage rrf" in project.trained
     for part in ("environment: ", "jax ", f"checkpoint: {project.run / 'best'}", "scripts/rerank.py --model"):
         assert part in project.trained
     results = json.loads((project.run / "results.json").read_text())
     assert len(results["tables"][0]["rows"]) == 6 and results["training"]["steps"] == 6
-    assert "rrf → tiny/best, alone" in (project.run / "report.html").read_text()
+    assert "reranked by tiny/best" in (project.run / "report.html").read_text()
 
 
 def test_a_finished_run_only_shows_its_result_again(project: Project) -> None:
@@ -267,7 +267,7 @@ def test_analysing_a_run_writes_into_its_folder_and_its_report(project: Project,
         *("score", "resonance", "overlap", "coherence")
     }
     report = (elsewhere.run / "report.html").read_text()
-    assert "Analysis of tiny/best on data test" in report and "rrf → tiny/best, alone" in report
+    assert "Analysis of tiny/best on data test" in report and "reranked by tiny/best" in report
     assert "Loss terms" in report
 
 
@@ -315,7 +315,7 @@ def test_retraining_analyses_the_original_first_and_once(project: Project, tmp_p
     )
     folder = retrained.runs / "again"
     assert said.index("tiny/best on data dev: relevant and other pairs") < said.index("dev at step 0")
-    assert "49 unlabelled lists by rrf" in said and "rrf → tiny/best, alone" in said
+    assert "49 unlabelled lists by rrf" in said and "reranked by tiny/best" in said
     stored = json.loads((folder / "analysis-original.json").read_text())
     assert (stored["model"], stored["split"]) == ("tiny/best", "dev")
     assert "Analysis of tiny/best on data dev" in (folder / "report.html").read_text()
