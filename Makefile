@@ -10,6 +10,10 @@ PINNED := $(PIP) install -c constraints.txt
 # MLX's Linux wheel carries a slow BLAS: Debian's OpenBLAS is preloaded where it is (apt install libopenblas0-pthread)
 OPENBLAS ?= $(firstword $(wildcard /usr/lib/*-linux-gnu/openblas-pthread/libblas.so.3))
 FAST := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
+# test files run beside each other in this many processes
+WORKERS ?= 2
+PYTEST := $(VENV)/bin/python -m pytest
+BESIDE := -n $(WORKERS) --dist loadfile
 # for every test and check: no GPU, no hub
 OFFLINE := JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 $(FAST)
 CONFIG ?= configs/quantum_resonance.py
@@ -25,16 +29,16 @@ train: $(VENV)/.core  ## fine-tune the reranker on the embedded data: make train
 	$(VENV)/bin/python scripts/train.py --config $(CONFIG) $(ARGS)
 
 test: lint types  ## lint, format, types and the fast tests; no network once installed
-	$(OFFLINE) $(VENV)/bin/python -m pytest $(ARGS)
+	$(OFFLINE) $(PYTEST) $(BESIDE) $(ARGS)
 
 test-all: lint types peers  ## the same with the slow tests and those against torch
-	$(OFFLINE) $(VENV)/bin/python -m pytest -m 'not network and not gpu and not apple' $(ARGS)
+	$(OFFLINE) $(PYTEST) $(BESIDE) -m 'not network and not gpu and not apple' $(ARGS)
 
 test-apple: $(VENV)/.peers  ## what only a Mac can run: Metal beside the CPU, the Mac user's command
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -m apple $(ARGS)
+	HF_HUB_OFFLINE=1 $(PYTEST) -m apple $(ARGS)
 
 parity: $(VENV)/.peers  ## JAX, MLX, the reference and transformers on fresh random cases: one table
-	$(OFFLINE) $(VENV)/bin/python -m pytest $(PARITY) -m 'not network and not gpu and not apple' --parity-table $(ARGS)
+	$(OFFLINE) $(PYTEST) $(PARITY) -m 'not network and not gpu and not apple' --parity-table $(ARGS)
 
 peers: $(VENV)/.peers  ## torch and sentence-transformers, for comparisons
 

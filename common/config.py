@@ -91,6 +91,10 @@ class DataConfig:
     """Candidates in a training list, positives included."""
     max_positives: int = 1
     """Positives in a training list, the best graded; among equal grades drawn anew each epoch."""
+    positives: Literal["all", "retrieved"] = "all"
+    """`retrieved` shows only those among the first stage's best (100 or more), and drops queries without any:
+    where a query has dozens of labels, most of them far from its words, all of them would teach that what
+    is near is wrong."""
     negatives: Literal["auto", "bm25", "dense", "rrf", "judged", "given", "random"] = "auto"
     """Where negatives are drawn from: the top of a first stage, passages judged irrelevant (among several
     sources rrf for those that judge none), those given with a query's row, or anywhere. `auto`: the given

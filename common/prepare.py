@@ -269,6 +269,10 @@ def _write_training(
     settings = config.data
     run = _negatives(config, data, encoder)
     related = _related(config, data, encoder)
+    retrieved = None
+    if settings.positives == "retrieved":
+        stage = settings.negatives if settings.negatives in FIRST_STAGES else "rrf"
+        retrieved = candidates(data, settings.train_split, encoder, depth=settings.negative_pool)[stage]
     made, dropped = lists.build_lists(
         data,
         settings.train_split,
@@ -277,6 +281,7 @@ def _write_training(
         related,
         settings.max_samples,
         config.train.seed,
+        retrieved,
     )
     if settings.flipped_labels:
         made = lists.flip_labels(made, settings.flipped_labels, config.train.seed)

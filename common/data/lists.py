@@ -24,6 +24,7 @@ from common.data.records import RankingData, Run, relevant_passages, same_words
 from common.errors import UserError
 
 NO_POSITIVE = "queries without a relevant passage"
+NOT_RETRIEVED = "queries whose relevant passages the first stage does not find"
 NO_NEGATIVE = "queries without a negative"
 FEW_CANDIDATES = "queries with fewer than two candidates"
 Related = Mapping[str, Mapping[str, float]]  # query id -> related query id -> weight in (0, 1]
@@ -51,12 +52,14 @@ def build_lists(
     related: Related | None = None,
     max_samples: int | None = None,
     seed: int = 0,
+    retrieved: Run | None = None,
 ) -> tuple[list[TrainingList], dict[str, int]]:
     """Training lists of a split's queries, and how many queries were dropped for what reason.
 
-    Negatives are the best of `negatives_run` that are not relevant, neither for the query nor for another of
-    the same words (nor have such a passage's text), at most `pool_size`. `max_samples` keeps a random subset,
-    drawn with `seed`. Raises UserError when no list remains.
+    Positives are the relevant passages, with `retrieved` those that it holds. Negatives are the best of
+    `negatives_run` that are not relevant, neither for the query nor for another of the same words (nor have
+    such a passage's text), at most `pool_size`. `max_samples` keeps a random subset, drawn with `seed`.
+    Raises UserError when no list remains.
     """
     dropped: Counter[str] = Counter()
     found: list[TrainingList] = []
@@ -66,8 +69,11 @@ def build_lists(
         relevant[same_words(data.queries[query_id])].update(texts)
     for query_id, grades in sorted(data.split(split).items()):
         shown = relevant[same_words(data.queries[query_id])]
+        if retrieved is not None:
+            found_ones = retrieved.get(query_id, {})
+            grades = {passage: grade for passage, grade in grades.items() if passage in found_ones}
         item = _one_list(data, query_id, grades, negatives_run.get(query_id, {}), pool_size, shown)
-        reason = NO_NEGATIVE if item.positives else NO_POSITIVE
+        reason = NO_NEGATIVE if item.positives else NO_POSITIVE if retrieved is None else NOT_RETRIEVED
         if item.positives and item.negatives:
             found.append(item)
         else:

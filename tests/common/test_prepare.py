@@ -12,6 +12,7 @@ import pytest
 
 from common.backends import load_encoder
 from common.config import RerankerConfig
+from common.data.lists import NOT_RETRIEVED
 from common.data.sources import write_trec_run
 from common.errors import UserError
 from common.metrics.ranking import evaluate_run, mean, ranked
@@ -45,6 +46,22 @@ def test_negatives_are_the_irrelevant_top_of_the_named_first_stage(world: World,
         best = [ready.data.corpus[passage] for passage in ranked(runs[stage][item.query_id])]
         expected = [text for text in best if text not in item.positives]
         assert list(item.negatives) == expected[: config.data.negative_pool]
+
+
+def test_retrieved_positives_are_those_of_the_first_stage_that_brings_the_negatives(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = candidates(load_data(world.config().data), "train", load_encoder(world.base))
+    some = {query: dict(list(run.items())[::2]) for query, run in runs["bm25"].items()}
+    monkeypatch.setattr("common.prepare.candidates", lambda *_, **__: {**runs, "bm25": some})
+    _, ready = prepared(world, negatives="bm25", positives="retrieved")
+    qrels, corpus = ready.data.split("train"), ready.data.corpus
+    expected = {q: {corpus[p] for p in grades if p in some.get(q, {})} for q, grades in qrels.items()}
+    assert {item.query_id: set(item.positives) for item in ready.training} == {
+        query: texts for query, texts in expected.items() if texts
+    }
+    assert 0 < len(ready.training) < len(qrels)
+    assert ready.dropped == {NOT_RETRIEVED: len(qrels) - len(ready.training)}
 
 
 def test_random_negatives_come_from_anywhere_and_follow_the_seed(world: World) -> None:

@@ -14,6 +14,7 @@ from common.data.lists import (
     FEW_CANDIDATES,
     NO_NEGATIVE,
     NO_POSITIVE,
+    NOT_RETRIEVED,
     TrainingList,
     build_lists,
     flip_labels,
@@ -54,6 +55,13 @@ def test_a_list_holds_positives_by_grade_and_the_hardest_passages_that_are_not_r
     assert lists[0].grades == (2.0, 1.0)
     assert lists[0].negatives == ("passage 7", "passage 6")  # no positive, no copy of one, judged 0 stays
     assert lists[1].negatives == ("passage 5", "passage 6")
+
+
+def test_positives_can_be_held_to_what_the_first_stage_finds(data: RankingData) -> None:
+    lists, dropped = build_lists(data, "train", RUN, pool_size=2, retrieved={"q0": {"p0": 1.0, "p7": 2.0}})
+    assert [(item.query_id, item.positives) for item in lists] == [("q0", ("passage 0",))]
+    assert lists[0].negatives == ("passage 7", "passage 6")  # an unfound positive is no negative either
+    assert dropped == {NOT_RETRIEVED: len(data.split("train")) - 1}
 
 
 def test_queries_that_cannot_teach_are_dropped_and_counted(data: RankingData) -> None:
