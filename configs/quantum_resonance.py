@@ -27,7 +27,7 @@ def default() -> RerankerConfig:
     return RerankerConfig(
         data=DataConfig(list_size=4),
         train=TrainConfig(epochs=0.4, min_steps=150, learning_rate=1e-4, evaluations=2),
-        evaluation=EvalConfig(depth=20, dev_queries=100, dev_depth=15),
+        evaluation=EvalConfig(depth=20, dev_depth=20),
     )
 
 

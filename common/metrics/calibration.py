@@ -10,6 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 
+ISOTONIC_FROM = 1000  # events; with fewer a step function learns their noise (Niculescu-Mizil and Caruana 2005)
+SIGMOID_KNOTS = 65  # between which the logistic curve is interpolated, to 3e-4
 
 def confidence_features(
     scores: ArrayLike, resonance: ArrayLike, temperature: float = 1.0, best: int | None = None
@@ -40,7 +42,7 @@ class Confidence:
     scale: tuple[float, ...]
     weights: tuple[float, ...]
     bias: float
-    logits: tuple[float, ...]  # knots of the isotonic step, rising
+    logits: tuple[float, ...]  # knots of the curve, rising
     levels: tuple[float, ...]  # its values at the knots, in (0, 1)
     candidates: int  # of each list that it was fitted on
 
@@ -48,6 +50,7 @@ class Confidence:
     def fit(cls, features: ArrayLike, correct: ArrayLike, candidates: int, ridge: float = 1.0) -> Confidence:
         """Fit on features [N, F] of lists of `candidates` and events [N] (1: the top passage is relevant).
 
+        The curve is the logistic one, and from ISOTONIC_FROM events a rising step function of the same logit.
         `ridge` > 0 holds the weights of standardised features finite; N events never give a level nearer to 0
         or 1 than 1/(N + 2), Laplace's rule. Raises ValueError without both kinds of event.
         """
@@ -59,8 +62,12 @@ class Confidence:
         centre, scale = x.mean(axis=0), x.std(axis=0)
         scale[scale < 1e-12] = 1.0
         weights, bias = _logistic((x - centre) / scale, y, ridge)
-        logits, levels = _isotonic((x - centre) / scale @ weights + bias, y)
-        levels = np.clip(levels, 1.0 / (y.size + 2), 1.0 - 1.0 / (y.size + 2))
+        if y.size >= ISOTONIC_FROM:
+            logits, levels = _isotonic((x - centre) / scale @ weights + bias, y)
+            levels = np.clip(levels, 1.0 / (y.size + 2), 1.0 - 1.0 / (y.size + 2))
+        else:
+            logits = np.linspace(-1.0, 1.0, SIGMOID_KNOTS) * np.log(y.size + 1.0)  # ends at 1/(N + 2)
+            levels = 1.0 / (1.0 + np.exp(-logits))
         numbers = [tuple(map(float, column)) for column in (centre, scale, weights, logits, levels)]
         return cls(numbers[0], numbers[1], numbers[2], bias, numbers[3], numbers[4], candidates)
 

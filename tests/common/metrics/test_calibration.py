@@ -69,10 +69,21 @@ def test_auroc_counts_ties_half() -> None:
 
 
 def test_queries_that_look_alike_get_their_share_of_hits() -> None:
-    features = np.repeat([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]], 10, axis=0)
-    correct = np.array([1] * 2 + [0] * 8 + [1] * 7 + [0] * 3)
+    features = np.repeat([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]], 500, axis=0)
+    correct = np.array(([1] * 2 + [0] * 8) * 50 + ([1] * 7 + [0] * 3) * 50)
     p = Confidence.fit(features, correct, 20).predict(features)
-    np.testing.assert_allclose(p, np.repeat([0.2, 0.7], 10))
+    np.testing.assert_allclose(p, np.repeat([0.2, 0.7], 500))
+
+
+def test_few_events_are_not_learnt_by_heart() -> None:
+    rng = np.random.default_rng(4)
+    loss = []
+    for _ in range(10):
+        confidence, (features, correct) = Confidence.fit(*draw(rng, 100), 20), draw(rng, 1000)
+        p = confidence.predict(features)
+        truth = 1 / (1 + np.exp(-(2 * features[:, 0] - features[:, 1])))
+        loss.append(np.mean((p - correct) ** 2) - np.mean((truth - correct) ** 2))
+    assert np.mean(loss) < 0.01  # a step function through the same 100 events: 0.012 to 0.019 over seeds
 
 
 def test_a_longer_list_counts_as_its_best_and_a_much_shorter_one_is_not_judged() -> None:
