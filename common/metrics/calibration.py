@@ -10,8 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 
-ISOTONIC_FROM = 1000  # events; with fewer a step function learns their noise (Niculescu-Mizil and Caruana 2005)
+ISOTONIC_FROM = 1000  # events; a step function learns the noise of fewer (Niculescu-Mizil and Caruana 2005)
 SIGMOID_KNOTS = 65  # between which the logistic curve is interpolated, to 3e-4
+
 
 def confidence_features(
     scores: ArrayLike, resonance: ArrayLike, temperature: float = 1.0, best: int | None = None
