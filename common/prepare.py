@@ -27,6 +27,7 @@ from common.retrieval.candidates import FIRST_STAGES, first_stages, judged_stage
 from common.retrieval.dense import embed, passage_vectors, vectors_file
 from common.text import PairTokenizer
 
+FEW_DEV_QUERIES = 20  # below which no confidence is fitted, and what dev chooses is mostly chance
 CANDIDATE_DEPTH = 100  # passages kept for a query by each first stage, at least
 
 
@@ -158,6 +159,12 @@ def prepare(
     say(f"data: {data.name} {data.fingerprint}: {len(data.corpus):,} passages, queries: {sizes}")
     if shared := _shared(config.data, data):
         say(f"warning: training asks the same words: {shared}; what is measured on these is partly learned")
+    if (few := len(data.split(config.data.dev_split))) < FEW_DEV_QUERIES:
+        say(
+            f"warning: dev has {few} queries: the first stage, checkpoint and fusion weight chosen on it are "
+            f"mostly chance, and below {FEW_DEV_QUERIES} no confidence is fitted. Some 200 rows give enough, "
+            "or a dev split of your own in a BEIR folder."
+        )
     lost = "".join(f", {count:,} {reason} dropped" for reason, count in (data.dropped | dropped).items())
     say(f"training lists: {len(training):,}{lost}")
     preserved = None if old is None else _old_lists(config, old, encoder, say)

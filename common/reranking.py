@@ -6,11 +6,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
 from common.backends import Scorer
 from common.checkpoint import read_config
+from common.config import FirstStage
 from common.data.records import BadRows, is_unicode, json_rows, read_text
 from common.errors import UserError
 from common.hub import resolve_model
@@ -31,12 +33,12 @@ class RankedPassage:
 
 @dataclass(frozen=True)
 class Ranking:
-    """`confidence`: calibrated probability that the first passage is relevant; None when the reranker is not
-    calibrated, or was on lists of more than twice as many passages."""
+    """`confidence`: calibrated probability that the first passage is relevant, or None and the reason."""
 
     query: str
     passages: list[RankedPassage]
     confidence: float | None
+    no_confidence: str = ""
 
 
 def rerank(
@@ -72,8 +74,11 @@ def rerank(
         )
         for rank, place in enumerate(order.tolist(), 1)
     ]
-    sure = None if confidence is None else confidence.of(values, scores.resonance)
-    return Ranking(query, ranked, sure)
+    if confidence is None:
+        return Ranking(query, ranked, None, "none was fitted: a base, or a run with few dev queries")
+    sure = confidence.of(values, scores.resonance)
+    short = f"was fitted on lists of {confidence.candidates} passages, and these are less than half as many"
+    return Ranking(query, ranked, sure, "" if sure is not None else short)
 
 
 def load_confidence(directory: str | Path) -> Confidence | None:
@@ -96,6 +101,15 @@ def load_confidences(models: Sequence[str | Path], scorers: Sequence[Scorer]) ->
         for model, scorer in zip(models, scorers, strict=True)
     }
     return {identity: confidence for identity, confidence in found.items() if confidence is not None}
+
+
+def fitted_over(directory: str | Path) -> tuple[FirstStage, int] | None:
+    """The first stage and the depth that a checkpoint's fusion weight and confidence are meant for; None for
+    a base, and for checkpoints of the first versions."""
+    settings = read_config(Path(directory)).get("resonance") or {}
+    stage, depth = settings.get("first_stage"), settings.get("depth")
+    known: FirstStage | None = next((name for name in get_args(FirstStage) if name == stage), None)
+    return (known, depth) if known and isinstance(depth, int) and depth > 0 else None
 
 
 def read_passages(path: str | Path) -> dict[str, str]:
@@ -152,5 +166,5 @@ def shown(ranking: Ranking, top: int | None = None, words: int = 12) -> str:
             f"{item.rank:>4}  {item.score:>8.3f}  {item.resonance:>+9.3f}  {item.probability:>6.3f}  "
             f"{item.id}: {text}"
         )
-    sure = "not calibrated for such a list" if ranking.confidence is None else f"{ranking.confidence:.2f}"
+    sure = ranking.no_confidence if ranking.confidence is None else f"{ranking.confidence:.2f}"
     return "\n".join([*lines, f"confidence that the first is relevant: {sure}"])

@@ -18,13 +18,12 @@ from common.errors import UserError, out_of_memory
 from common.hub import DEFAULT_MODEL
 from common.metrics.calibration import Confidence, confidence_features
 from common.metrics.ranking import evaluate_run, mean, ranked
-from common.prepare import Prepared, dev_candidates
+from common.prepare import FEW_DEV_QUERIES, Prepared, dev_candidates
 from common.retrieval.fusion import choose_omega
 from common.text import Encoded, PairTokenizer
 
 LOG_EVERY = 10  # steps between lines of the log, and between looks for NaN
 COLLAPSED_SPREAD = 1e-3  # mean spread of a query's scores below which a reranker says nothing
-MIN_CONFIDENCE_QUERIES = 20  # dev queries below which no confidence is fitted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +78,7 @@ class DevSet:
             spread.append(float(np.std(values)))
         metric = self.settings.metric
         omega, table = choose_omega(self.first, run, self.qrels, self.settings.fusion_grid, metric)
-        enough = len(correct) >= MIN_CONFIDENCE_QUERIES and 0 < sum(correct) < len(correct)
+        enough = len(correct) >= FEW_DEV_QUERIES and 0 < sum(correct) < len(correct)
         confidence = Confidence.fit(np.asarray(features), np.asarray(correct), length) if enough else None
         alone = mean(evaluate_run(portable, self.qrels, (metric,))[metric])
         return DevResult(table[0.0], table[omega], alone, omega, float(np.mean(spread)), confidence)

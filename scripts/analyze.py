@@ -28,7 +28,7 @@ from common.evaluation import chosen_qrels
 from common.hub import resolve_model
 from common.prepare import cache_root, candidates
 from common.report import tables_text, write_report
-from common.reranking import load_confidences
+from common.reranking import fitted_over, load_confidences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +40,11 @@ class Args:
     split: str = "test"
     """Whose queries; `all` takes every query of a file of triples or of a folder with one split, uncut."""
     on_bad_row: OnBadRow = "error"
-    first_stage: FirstStage = "rrf"
-    """Whose candidates are analysed."""
-    depth: int = 50
-    """Candidates of a query, the first stage's best; the relevant passages come in beside them."""
+    first_stage: FirstStage | None = None
+    """Whose candidates are analysed; when absent those that the checkpoint was trained on, else rrf."""
+    depth: int | None = None
+    """Candidates of a query, the first stage's best (when absent as many as the checkpoint was trained to
+    rerank, else 50); the relevant passages come in beside them."""
     max_queries: int | None = None
     """Only the first queries by id."""
     hardest: int = 20
@@ -64,8 +65,8 @@ class Args:
         for flag, value, allowed in least:
             if value is not None and value < allowed:
                 raise UserError(f"--{flag} is {value}; allowed: >= {allowed}")
-        if self.encoder == "none" and self.first_stage != "bm25":
-            raise UserError("without an encoder there is BM25 only: add --first-stage bm25")
+        if self.encoder == "none" and self.first_stage not in (None, "bm25"):
+            raise UserError("without an encoder there is BM25 only: leave out --first-stage")
         return self
 
 
@@ -83,13 +84,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = load_split_data(args.data, args.split, on_bad_row=args.on_bad_row)
     encoder = None if args.encoder == "none" else load_encoder(args.encoder, args.backend, say=say)
     cache = args.cache or cache_root()
+    own_stage, own_depth = fitted_over(directory) or ("rrf", 50)
+    stage = args.first_stage or ("bm25" if encoder is None else own_stage)
+    depth = args.depth or own_depth
     analysis = analyse(
         scorer,
         data,
         args.split,
-        candidates(data, args.split, encoder, depth=args.depth, cache=cache)[args.first_stage],
-        first_stage=args.first_stage,
-        depth=args.depth,
+        candidates(data, args.split, encoder, depth=depth, cache=cache)[stage],
+        first_stage=stage,
+        depth=depth,
         qrels=chosen_qrels(data, args.split, None, args.max_queries),
         confidence=load_confidences([directory], [scorer]).get(scorer.identity),
         metric=args.metric,

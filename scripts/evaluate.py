@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -23,9 +23,10 @@ from common.data.records import OnBadRow, RankingData
 from common.data.sources import load_split_data, read_trec_run
 from common.errors import UserError, run_command
 from common.evaluation import Table, chosen_qrels, evaluate, held_out, write_output
+from common.hub import resolve_model
 from common.metrics.ranking import DEFAULT_METRICS
 from common.prepare import cache_root, candidates
-from common.reranking import load_confidences
+from common.reranking import fitted_over, load_confidences
 from common.runs import environment
 
 
@@ -38,16 +39,18 @@ class Args:
     split: str = "test"
     """Whose queries; `all` takes every query of a file of triples or of a folder with one split, uncut."""
     on_bad_row: OnBadRow = "error"
-    first_stage: tuple[FirstStage, ...] = ("rrf",)
-    """Whose candidates are reranked; several give a block of rows each."""
+    first_stage: tuple[FirstStage, ...] | None = None
+    """Whose candidates are reranked; several give a block of rows each. When absent those that each
+    checkpoint was trained to rerank, and rrf without any."""
     run: Path | None = None
     """A TREC run whose candidates are reranked instead."""
     qrels: Path | None = None
     """Judgements that replace the split's: .tsv (BEIR) or TREC form; may name passages outside the data."""
     judged: bool = False
     """Rank exactly the judged passages of each query (among several sources where irrelevant ones are)."""
-    depth: int = 50
-    """Candidates of a query, the first stage's best."""
+    depth: int | None = None
+    """Candidates of a query, the first stage's best; when absent as many as a checkpoint was trained to
+    rerank, and 50 without any."""
     max_queries: int | None = None
     """Only the first queries by id."""
     metrics: tuple[str, ...] = DEFAULT_METRICS
@@ -71,13 +74,13 @@ class Args:
                 raise UserError(f"--{flag} is {value}; allowed: >= 1")
         if self.seed < 0:
             raise UserError(f"--seed is {self.seed}; allowed: >= 0")
-        if self.run and (self.judged or self.first_stage != ("rrf",)):
+        if self.run and (self.judged or self.first_stage):
             raise UserError("--run brings its own candidates: leave out --first-stage and --judged")
         if self.judged and self.qrels:
             raise UserError("--judged ranks what the split judges: leave out --qrels")
-        if self.encoder == "none" and not self.run and set(self.first_stage) != {"bm25"}:
-            raise UserError("without an encoder there is BM25 only: add --first-stage bm25")
-        if not self.first_stage or not self.metrics:
+        if self.encoder == "none" and set(self.first_stage or ("bm25",)) != {"bm25"}:
+            raise UserError("without an encoder there is BM25 only: leave out --first-stage")
+        if self.first_stage == () or not self.metrics:
             raise UserError("--first-stage and --metrics need at least one name each")
         return self
 
@@ -86,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = tyro.cli(Args, description=__doc__, args=argv).validate()
     say = functools.partial(print, file=sys.stderr)
     scorers = [load_scorer(model, args.backend, say=say) for model in args.models]
+    pools, depth = over(args, say)
     data = load_split_data(args.data, args.split, on_bad_row=args.on_bad_row)
     if data.parts and (args.run or args.qrels):
         raise UserError("--run and --qrels belong to one source: give --data a single one")
@@ -93,7 +97,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.encoder != "none" and args.run is None:
         encoder = load_encoder(args.encoder, args.backend, say=say)
     tables = [
-        evaluate_source(dataclasses.replace(args, judged=judged), part, scorers, encoder)
+        evaluate_source(
+            dataclasses.replace(args, judged=judged, first_stage=pools, depth=depth), part, scorers, encoder
+        )
         for part, judged in held_out(data, args.split, args.judged)
     ]
     found = tables[0].json() if not data.parts else {"sources": [table.json() for table in tables]}
@@ -104,6 +110,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_output(args.json, result)
     if args.per_query is not None:
         write_output(args.per_query, "".join("\t".join(row) + "\n" for row in per_query(tables)))
+
+
+def over(args: Args, say: Callable[[str], None]) -> tuple[tuple[FirstStage, ...], int]:
+    """The first stages to rerank and how deep: as asked, else what the checkpoints were trained for. Says
+    where a fusion weight was chosen over another first stage."""
+    fitted = {model: fitted_over(resolve_model(model, say=lambda _: None)) for model in args.models}
+    own = tuple(dict.fromkeys(found[0] for found in fitted.values() if found))
+    depth = args.depth or max((found[1] for found in fitted.values() if found), default=50)
+    pools = args.first_stage or (("bm25",) if args.encoder == "none" else own or ("rrf",))
+    for model, found in fitted.items():
+        if args.run is None and found and (other := [pool for pool in pools if pool != found[0]]):
+            say(f"note: the fusion weight of {model} was chosen over {found[0]}, not over {', '.join(other)}")
+    return pools, depth
 
 
 def per_query(tables: Sequence[Table]) -> Iterator[tuple[str, ...]]:
@@ -120,6 +139,7 @@ def evaluate_source(
 ) -> Table:
     """The table of one source."""
     say = functools.partial(print, file=sys.stderr)
+    assert args.first_stage is not None and args.depth is not None
     cache = args.cache or cache_root()
     qrels = chosen_qrels(data, args.split, args.qrels, args.max_queries, say=say)
     if args.run is not None:

@@ -69,11 +69,13 @@ def build_lists(
         relevant[same_words(data.queries[query_id])].update(texts)
     for query_id, grades in sorted(data.split(split).items()):
         shown = relevant[same_words(data.queries[query_id])]
+        reason = NO_NEGATIVE if any(grade > 0 for grade in grades.values()) else NO_POSITIVE
         if retrieved is not None:
-            found_ones = retrieved.get(query_id, {})
-            grades = {passage: grade for passage, grade in grades.items() if passage in found_ones}
+            near = retrieved.get(query_id, {})
+            grades = {passage: grade for passage, grade in grades.items() if passage in near}
         item = _one_list(data, query_id, grades, negatives_run.get(query_id, {}), pool_size, shown)
-        reason = NO_NEGATIVE if item.positives else NO_POSITIVE if retrieved is None else NOT_RETRIEVED
+        if reason == NO_NEGATIVE and not item.positives:
+            reason = NOT_RETRIEVED
         if item.positives and item.negatives:
             found.append(item)
         else:

@@ -59,6 +59,11 @@ class ListBatch:
         """Real tokens / padded tokens, in (0, 1]; of a process's share, its own."""
         return float((self.sides > 0).mean())
 
+    @property
+    def related_pairs(self) -> float:
+        """Pairs of related queries in the batch; of a process's share half of those that its rows have."""
+        return float((self.related > 0).sum()) / 2
+
 
 @dataclass(frozen=True)
 class Share:

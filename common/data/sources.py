@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from common.data.records import (
 )
 from common.errors import UserError, listed
 
+AT_LEAST = 5  # queries of a split that is cut, where its share has so many
 Texts = tuple[Mapping[str, str], Mapping[str, str]]  # of queries and of passages, by id
 SPLIT_NAMES = {"qrels": "test", "valid": "dev", "validation": "dev", "val": "dev", "development": "dev"}
 _LIMITED = re.compile(r"(.+)@(\d+)$")  # a source and how many of its training queries are kept
@@ -156,7 +158,8 @@ def cut_splits(data: RankingData, dev_fraction: float, test_fraction: float, see
 
     Queries of the same words, or with a relevant passage in common, fall into the same split, so that what is
     cut tells how passages are ranked that no training label names. A group that is larger than a split to be
-    cut is parted by query all the same. Where a group goes depends on its own texts and `seed` alone.
+    cut is parted by query all the same. Where a group goes depends on its own texts and `seed` alone, but for
+    what fills a small split up to its share or AT_LEAST queries.
     """
     fractions = {"dev": dev_fraction} if "dev" not in data.qrels else {}
     if set(data.qrels) == {"train"}:
@@ -165,8 +168,10 @@ def cut_splits(data: RankingData, dev_fraction: float, test_fraction: float, see
         return data
     parts: dict[str, Qrels] = {split: {} for split in ("train", *fractions)}
     room = min((share for share in fractions.values() if share > 0), default=0.0) * len(data.qrels["train"])
-    for query, text in _spokesmen(data, int(room)).items():
-        parts[_part(text, fractions, seed)][query] = data.qrels["train"][query]
+    spokesmen = _spokesmen(data, int(room))
+    part = _parts(spokesmen, fractions, seed)
+    for query, text in spokesmen.items():
+        parts[part[text]][query] = data.qrels["train"][query]
     empty = [split for split, share in fractions.items() if share > 0 and not parts[split]]
     if empty or not parts["train"]:
         raise UserError(
@@ -204,13 +209,22 @@ def _spokesmen(data: RankingData, room: int) -> dict[str, str]:
     return {query: first.get(text, text) for query, text in texts.items()}
 
 
-def _part(text: str, fractions: Mapping[str, float], seed: int) -> str:
-    position = int(hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()[:8], 16) / 2**32
+def _parts(spokesmen: Mapping[str, str], fractions: Mapping[str, float], seed: int) -> dict[str, str]:
+    """Deciding text -> its split: by its hash; a split that chance leaves too small takes the next ones."""
+    sizes = Counter(spokesmen.values())
+    digests = {text: hashlib.sha256(f"{seed}:{text}".encode()).hexdigest() for text in sizes}
+    place = {text: int(digest[:8], 16) / 2**32 for text, digest in digests.items()}  # in [0, 1)
+    part, start = dict.fromkeys(sorted(place, key=place.__getitem__), "train"), 0.0
     for split, share in fractions.items():
-        if position < share:
-            return split
-        position -= share
-    return "train"
+        part |= {text: split for text in part if start <= place[text] < start + share}
+        start += share
+    for split, share in fractions.items():
+        lacking = min(AT_LEAST, int(share * len(spokesmen)))
+        lacking -= sum(sizes[text] for text in part if part[text] == split)
+        for text in [text for text in part if part[text] == "train"]:
+            if lacking > 0:
+                part[text], lacking = split, lacking - sizes[text]
+    return part
 
 
 # --- BEIR and TREC folders ---

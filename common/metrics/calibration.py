@@ -11,7 +11,6 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[np.float64]
 
 ISOTONIC_FROM = 1000  # events; a step function learns the noise of fewer (Niculescu-Mizil and Caruana 2005)
-SIGMOID_KNOTS = 65  # between which the logistic curve is interpolated, to 3e-4
 
 
 def confidence_features(
@@ -43,8 +42,8 @@ class Confidence:
     scale: tuple[float, ...]
     weights: tuple[float, ...]
     bias: float
-    logits: tuple[float, ...]  # knots of the curve, rising
-    levels: tuple[float, ...]  # its values at the knots, in (0, 1)
+    logits: tuple[float, ...]  # knots of the isotonic step, rising; none for the logistic curve
+    levels: tuple[float, ...]  # its values at the knots, in (0, 1); the logistic curve's least and greatest
     candidates: int  # of each list that it was fitted on
 
     @classmethod
@@ -63,12 +62,10 @@ class Confidence:
         centre, scale = x.mean(axis=0), x.std(axis=0)
         scale[scale < 1e-12] = 1.0
         weights, bias = _logistic((x - centre) / scale, y, ridge)
+        logits, levels = np.zeros(0), np.array([0.0, 1.0])
         if y.size >= ISOTONIC_FROM:
             logits, levels = _isotonic((x - centre) / scale @ weights + bias, y)
-            levels = np.clip(levels, 1.0 / (y.size + 2), 1.0 - 1.0 / (y.size + 2))
-        else:
-            logits = np.linspace(-1.0, 1.0, SIGMOID_KNOTS) * np.log(y.size + 1.0)  # ends at 1/(N + 2)
-            levels = 1.0 / (1.0 + np.exp(-logits))
+        levels = np.clip(levels, 1.0 / (y.size + 2), 1.0 - 1.0 / (y.size + 2))
         numbers = [tuple(map(float, column)) for column in (centre, scale, weights, logits, levels)]
         return cls(numbers[0], numbers[1], numbers[2], bias, numbers[3], numbers[4], candidates)
 
@@ -80,9 +77,13 @@ class Confidence:
         return float(self.predict(confidence_features(scores, resonance, best=self.candidates)[None])[0])
 
     def predict(self, features: ArrayLike) -> Array:
-        """Probability [N] in [0, 1] for features [N, F]; between the knots it is interpolated."""
+        """Probability [N] in (0, 1) for features [N, F]; between the knots it is interpolated."""
         x = (np.asarray(features, np.float64) - np.array(self.centre)) / np.array(self.scale)
-        return np.asarray(np.interp(x @ np.array(self.weights) + self.bias, self.logits, self.levels))
+        logit = x @ np.array(self.weights) + self.bias
+        if self.logits:
+            return np.asarray(np.interp(logit, self.logits, self.levels))
+        low, high = self.levels
+        return np.clip(0.5 * (1.0 + np.tanh(0.5 * logit)), low, high)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -189,7 +189,8 @@ class Trainer:
         moment = Moment(phase.temperature, phase.entropy_bonus, phase.ramp, self._openness(step))
         placed = self.devices.place(Batch(*(getattr(batch, name) for name in Batch._fields)))
         self.state, logged = self._step(self.state, placed, moment)
-        return logged | {"real_tokens": batch.token_share}
+        pairs = {"related_pairs": batch.related_pairs} if self.config.entangles else {}
+        return logged | {"real_tokens": batch.token_share} | pairs
 
     def _openness(self, step: int) -> float:
         return openness_at((step - 1) / self.steps, self.config.train.separable_start)
@@ -318,6 +319,8 @@ class Trainer:
         self.loaded.settings.update(
             {
                 "fusion_weight": result.fusion_weight,
+                "first_stage": self.prepared.first_stage,
+                "depth": self.config.evaluation.depth,
                 "precision": self.config.train.precision,
                 "max_query_tokens": data.max_query_tokens,
                 "max_passage_tokens": data.max_passage_tokens,

@@ -192,7 +192,8 @@ class Trainer:
         phase = self._phase(step)
         moment = Moment(phase.temperature, phase.entropy_bonus, phase.ramp, self._openness(step))
         logged = self._step(Batch(*(mx.array(getattr(batch, name)) for name in Batch._fields)), moment)
-        return logged | {"real_tokens": batch.token_share}
+        pairs = {"related_pairs": batch.related_pairs} if self.config.entangles else {}
+        return logged | {"real_tokens": batch.token_share} | pairs
 
     def _openness(self, step: int) -> float:
         return openness_at((step - 1) / self.steps, self.config.train.separable_start)
@@ -292,6 +293,8 @@ class Trainer:
         self.loaded.settings.update(
             {
                 "fusion_weight": result.fusion_weight,
+                "first_stage": self.prepared.first_stage,
+                "depth": self.config.evaluation.depth,
                 "precision": self.config.train.precision,
                 "max_query_tokens": data.max_query_tokens,
                 "max_passage_tokens": data.max_passage_tokens,

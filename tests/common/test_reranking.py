@@ -48,7 +48,8 @@ def test_the_highest_score_comes_first_and_probabilities_add_up() -> None:
 def test_confidence_is_the_calibrated_one_or_said_to_be_missing() -> None:
     clear, even = {"a": " ".join("abcdefghij"), "b": "x"}, {"a": "x y", "b": "z w"}
     assert rerank(Lengths(), "q", clear).confidence is None
-    assert shown(rerank(Lengths(), "q", clear)).endswith("relevant: not calibrated for such a list")
+    assert "relevant: none was fitted" in shown(rerank(Lengths(), "q", clear))
+    assert "on lists of 3 passages" in shown(rerank(Lengths(), "q", {"a": "x"}, fitted()))
     high, low = (rerank(Lengths(), "q", passages, fitted()) for passages in (clear, even))
     assert high.confidence is not None and low.confidence is not None
     assert high.confidence > 0.9 > 0.1 > low.confidence

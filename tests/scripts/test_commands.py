@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from common.config import DataConfig
+from common.config import DataConfig, load_recipe
 from common.data.sources import load_ranking_data, write_trec_run
 from common.errors import UserError
 from common.prepare import load_data
@@ -97,7 +97,7 @@ def test_an_error_is_one_message_and_exit_code_2(tmp_path: Path) -> None:
 
 def test_preparing_says_sizes_fingerprint_truncation_and_where_it_lies(project: Project) -> None:
     fingerprint = load_ranking_data(str(project.world.data)).fingerprint
-    for part in (fingerprint, "60 passages", "train 49", "training lists: 49", "truncated: 0.0%", "cache"):
+    for part in (fingerprint, "60 passages", "train 48", "training lists: 48", "truncated: 0.0%", "cache"):
         assert part in project.prepared
 
 
@@ -240,12 +240,27 @@ def test_reranking_prints_ranked_lines_and_json(project: Project, tmp_path: Path
     argv = ["--model", project.run / "best", "--query", "bolum bano", "--passages", tmp_path / "p.txt"]
     lines = run("rerank", *argv, "--top", 2).splitlines()
     assert lines[0].split() == ["rank", "score", "resonance", "p", "passage"] and len(lines) == 4
-    assert (
-        lines[-1] == "confidence that the first is relevant: not calibrated for such a list"
-    )  # too few dev queries
+    assert lines[-1].startswith("confidence that the first is relevant: none was fitted: a base, or a run")
     ranking = json.loads(run("rerank", *argv, "--json"))
     assert len(ranking["passages"]) == 4 and ranking["confidence"] is None
     assert lines[1].split()[1] == f"{ranking['passages'][0]['score']:.3f}"
+
+
+def test_a_checkpoint_is_evaluated_over_what_it_was_trained_to_rerank(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = tmp_path / "best"
+    shutil.copytree(project.run / "best", best)
+    config = json.loads((best / "config.json").read_text())
+    trained = load_recipe(project.recipe).evaluation
+    assert (config["resonance"]["first_stage"], config["resonance"]["depth"]) == ("rrf", trained.depth)
+    config["resonance"] |= {"first_stage": "bm25", "depth": 3}
+    (best / "config.json").write_text(json.dumps(config))
+    stored = json.loads(project.evaluate(best, "--json", "-"))
+    assert {row["pool"] for row in stored["rows"] if row["model"]} == {"bm25"} and stored["depth"] == 3
+    stored = json.loads(project.evaluate(best, "--json", "-", "--first-stage", "dense", "--depth", 4))
+    assert {row["pool"] for row in stored["rows"] if row["model"]} == {"dense"} and stored["depth"] == 4
+    assert "was chosen over bm25, not over dense" in capsys.readouterr().err
 
 
 def test_the_table_says_whether_the_confidence_is_right(project: Project) -> None:
@@ -284,7 +299,7 @@ def test_a_model_that_is_no_run_s_is_analysed_into_a_named_folder(project: Proje
     [
         (["--split", "tset"], r"no split 'tset'; it has dev, test, train"),
         (["--depth", "0"], "--depth is 0; allowed: >= 1"),
-        (["--encoder", "none"], "add --first-stage bm25"),
+        (["--encoder", "none", "--first-stage", "rrf"], "leave out --first-stage"),
     ],
 )
 def test_analyze_refuses_nonsense(project: Project, tmp_path: Path, argv: list[str], message: str) -> None:
@@ -315,7 +330,7 @@ def test_retraining_analyses_the_original_first_and_once(project: Project, tmp_p
     )
     folder = retrained.runs / "again"
     assert said.index("tiny/best on data dev: relevant and other pairs") < said.index("dev at step 0")
-    assert "49 unlabelled lists by rrf" in said and "reranked by tiny/best" in said
+    assert "48 unlabelled lists by rrf" in said and "reranked by tiny/best" in said
     stored = json.loads((folder / "analysis-original.json").read_text())
     assert (stored["model"], stored["split"]) == ("tiny/best", "dev")
     assert "Analysis of tiny/best on data dev" in (folder / "report.html").read_text()
@@ -357,10 +372,10 @@ def test_evaluate_refuses_nonsense(project: Project, argv: list[str], message: s
 
 
 def test_without_an_encoder_there_is_bm25_only(project: Project) -> None:
-    argv = ["--data", project.world.data, "--encoder", "none"]
-    with pytest.raises(UserError, match="add --first-stage bm25"):
-        run("evaluate", *argv)
-    stored = json.loads(run("evaluate", *argv, "--first-stage", "bm25", "--json", "-"))
+    argv = ["--data", project.world.data, "--encoder", "none", "--json", "-"]
+    with pytest.raises(UserError, match="leave out --first-stage"):
+        run("evaluate", *argv, "--first-stage", "rrf")
+    stored = json.loads(run("evaluate", *argv))
     assert [row["pool"] for row in stored["rows"]] == ["bm25"]
 
 
@@ -393,7 +408,7 @@ def test_mined_negatives_are_training_data(project: Project, tmp_path: Path, by:
     flags: list[object] = ["--data", project.world.data, "--out", out, "--encoder", project.world.base]
     flags += ["--count", 3, "--relative-margin", "None", "--by", by]
     said = run("mine_negatives", *flags, *(["--model", best] if by == "cross-encoder" else []))
-    assert "49 rows, 147 negatives of 49 queries" in said
+    assert "48 rows, 144 negatives of 48 queries" in said
     config = replace(DataConfig(), name=str(project.world.data), mined=str(out))
     mined, whole = load_data(config), load_ranking_data(str(project.world.data))
     assert (mined.corpus, mined.qrels) == (whole.corpus, whole.qrels)  # all splits, the whole corpus
@@ -404,7 +419,7 @@ def test_mined_negatives_are_training_data(project: Project, tmp_path: Path, by:
     taught = run(
         "mine_negatives", *flags, "--teacher", best, *(["--model", best] if by == "cross-encoder" else [])
     )
-    assert "relevant by the teacher" in taught or "49 rows" in taught
+    assert "relevant by the teacher" in taught or "48 rows" in taught
 
 
 def test_mining_refuses_what_cannot_be(project: Project, tmp_path: Path) -> None:

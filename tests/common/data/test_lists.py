@@ -61,7 +61,7 @@ def test_positives_can_be_held_to_what_the_first_stage_finds(data: RankingData) 
     lists, dropped = build_lists(data, "train", RUN, pool_size=2, retrieved={"q0": {"p0": 1.0, "p7": 2.0}})
     assert [(item.query_id, item.positives) for item in lists] == [("q0", ("passage 0",))]
     assert lists[0].negatives == ("passage 7", "passage 6")  # an unfound positive is no negative either
-    assert dropped == {NOT_RETRIEVED: len(data.split("train")) - 1}
+    assert dropped == {NOT_RETRIEVED: 2, NO_POSITIVE: 1}
 
 
 def test_queries_that_cannot_teach_are_dropped_and_counted(data: RankingData) -> None:

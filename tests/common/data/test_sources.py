@@ -122,6 +122,18 @@ def test_another_seed_cuts_other_queries(beir: Path) -> None:
     assert cuts[0] != cuts[1]
 
 
+@pytest.mark.parametrize("rows", [30, 45, 150])
+def test_a_small_file_is_always_cut_and_its_splits_have_their_share(tmp_path: Path, rows: int) -> None:
+    for attempt in range(30):
+        file = tmp_path / f"{attempt}.jsonl"
+        write_jsonl(
+            file, [{"query": f"q {attempt}.{n}", "positive": f"p {attempt}.{n}"} for n in range(rows)]
+        )
+        data = load_ranking_data(str(file))
+        assert all(len(data.split(split)) >= min(5, rows // 10) for split in ("dev", "test"))
+        assert len(data.split("train")) >= rows // 2
+
+
 def test_too_few_queries_to_cut_from(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "one.jsonl", [{"query": "q", "positive": "p"}])
     with pytest.raises(UserError, match="1 training queries are too few to cut dev, test"):

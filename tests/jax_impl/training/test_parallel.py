@@ -162,7 +162,10 @@ def end(started: list[subprocess.Popen[str]], code: int = 0) -> list[str]:
 
 def losses(runs: Path) -> list[dict[str, Any]]:
     lines = [line for line in read_metrics(runs / "tiny") if line["kind"] == "train"]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "kind", "real_tokens")} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("seconds", "kind", "real_tokens", "related_pairs")}
+        for line in lines
+    ]
 
 
 def assert_same_run(a: Path, b: Path) -> None:
