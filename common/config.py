@@ -297,7 +297,7 @@ class RerankerConfig:
 
     def validate(self) -> RerankerConfig:
         """Return self, or raise a UserError that lists every field out of range."""
-        if misfits := list(_misfits(self)):
+        if misfits := list(misfits(self)):
             raise UserError("setting of the wrong kind: " + "; ".join(misfits))
         q, d, t, e, r = self.quantum, self.data, self.train, self.evaluation, self.retrain
         width, head = self.model.complex_width, self.model.head
@@ -440,13 +440,13 @@ class RunOptions:
     """Which of them this one is, from 0."""
 
 
-def _misfits(config: Any, prefix: str = "") -> Iterator[str]:
+def misfits(config: Any, prefix: str = "") -> Iterator[str]:
     """What is wrong with the types and choices of a config's fields: a recipe is code that nothing checks."""
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), prefix + field.name
         if dataclasses.is_dataclass(value):
-            yield from _misfits(value, name + ".")
+            yield from misfits(value, name + ".")
         elif not _fits(value, hints[field.name]):
             choices = [repr(choice) for hint in _alternatives(hints[field.name]) for choice in _choices(hint)]
             near = difflib.get_close_matches(repr(value), choices, n=1)
@@ -524,7 +524,7 @@ def _explained(file: Path) -> Iterator[None]:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         known = sorted(_field_names(RerankerConfig))
         ends = {name.rsplit(".", 1)[-1]: name for name in known}
-        near = _nearest(unknown[1], ends, 0.6) if unknown else None
+        near = nearest(unknown[1], ends, 0.6) if unknown else None
         hint = f"; did you mean {ends[near]}?" if near else ""
         raise UserError(
             f"{file}: the recipe cannot be read ({type(error).__name__}: {error}){hint}"
@@ -609,7 +609,7 @@ def _field_names(kind: type, prefix: str = "") -> set[str]:
     return names
 
 
-def _nearest(name: str, known: Iterable[str], cutoff: float) -> str | None:
+def nearest(name: str, known: Iterable[str], cutoff: float) -> str | None:
     """The setting that is meant: of the same last word or its initials (`lr`), else the nearest spelling."""
     last = name.rpartition(".")[2]
     ends = {key: key.rpartition(".")[2].split("_") for key in sorted(known)}
@@ -626,7 +626,7 @@ def _refuse_unknown(argv: Sequence[str], known: set[str]) -> None:
         plain = name.replace(".no_", ".").removeprefix("no_")
         if name in known or plain in known:
             continue
-        near = _nearest(name, known, 0.4)
+        near = nearest(name, known, 0.4)
         hint = f"; did you mean --{near.replace('_', '-')}?" if near else ""
         raise UserError(f"unknown setting {word.split('=', 1)[0]}{hint} (--help lists all)")
 
