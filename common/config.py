@@ -37,6 +37,7 @@ HEAD_PROJECTORS: dict[str, tuple[str, ...]] = {
 }
 FIDELITY_BLOCKS = 8  # of block_fidelity
 Options = TypeVar("Options")
+Settings = TypeVar("Settings")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -552,13 +553,23 @@ def parse_command(
 
     `--data X` is short for `--data.name X`. `options` is a dataclass of the command's own flags.
     """
+    argv = [_spelled_out(word) for word in (sys.argv[1:] if argv is None else argv)]
+    config_path, argv = take_flag(argv, "--config", "configs/quantum_resonance.py")
+    preset, argv = take_flag(argv, "--preset", None)
+    assert config_path is not None
+    settings, run = parse_settings(description, argv, load_recipe(config_path, preset), options)
+    return settings.validate(), run
+
+
+def parse_settings(
+    description: str | None, argv: Sequence[str], default: Settings, options: type[Options]
+) -> tuple[Settings, Options]:
+    """Read `--field.name value ...` over the settings of `default`, a dataclass, and a command's own flags.
+
+    UserError for an unknown flag names the nearest.
+    """
     import tyro
 
-    argv = [_spelled_out(word) for word in (sys.argv[1:] if argv is None else argv)]
-    config_path, argv = _take(argv, "--config", "configs/quantum_resonance.py")
-    preset, argv = _take(argv, "--preset", None)
-    assert config_path is not None
-    default = load_recipe(config_path, preset)
     command = dataclasses.make_dataclass(
         "Command",
         [
@@ -574,14 +585,14 @@ def parse_command(
     known = _field_names(type(default)) | _field_names(options)
     _refuse_unknown(argv, known)
     parsed: Any = tyro.cli(command, args=argv, description=description)
-    return parsed.settings.validate(), parsed.run
+    return parsed.settings, parsed.run
 
 
 def _spelled_out(word: str) -> str:
     return word.replace("--data", "--data.name", 1) if word.partition("=")[0] == "--data" else word
 
 
-def _take(argv: list[str], flag: str, default: str | None) -> tuple[str | None, list[str]]:
+def take_flag(argv: list[str], flag: str, default: str | None) -> tuple[str | None, list[str]]:
     """Remove `flag value` or `flag=value` from argv; the last one wins."""
     rest, value, index = [], default, 0
     while index < len(argv):
