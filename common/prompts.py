@@ -1,6 +1,6 @@
 """What an expansion model reads and is to write: QMD's user message in the tokenizer's own chat template.
 
-QMD asks through node-llama-cpp, which puts a system prompt in front; its grammar ends every line by a newline.
+QMD asks through node-llama-cpp, which puts a system prompt in front; its grammar ends each line by a newline.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class ExpansionPrompts:
         if not (whole.startswith(prompt) and rest.startswith(_ANSWER) and end):
             raise UserError(
                 f"the chat template of {_name(self.tokenizer)} does not continue its own prompt by an "
-                f"answer and an end of turn: {whole[len(prompt) - 40 :]!r}. Use the tokenizer's template unchanged."
+                f"answer and an end of turn: {whole[len(prompt) - 40 :]!r}. Use the tokenizer's own."
             )
         if CONSUMER_SYSTEM not in prompt:
             raise UserError(
@@ -161,8 +161,8 @@ def load_tokenizer(directory: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{directory}: no tokenizer can be loaded ({str(error).splitlines()[0]}). Expected tokenizer.json "
-            "and tokenizer_config.json of the base model."
+            f"{directory}: no tokenizer can be loaded ({str(error).splitlines()[0]}). Expected "
+            "tokenizer.json and tokenizer_config.json of the base model."
         ) from error
 
 
