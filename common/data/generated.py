@@ -49,7 +49,8 @@ _DOMAINS = {
     "home": _Domain(
         _pairs(
             "faucet=tap, sofa=couch, heater=radiator, lawn=grass yard, roof=shingles, carpet=rug, "
-            "fridge=icebox, drain=waste pipe, bicycle=two-wheeler, lamp=light fixture, fence=picket row, mattress=bed pad"
+            "fridge=icebox, drain=waste pipe, bicycle=two-wheeler, lamp=light fixture, fence=picket row, "
+            "mattress=bed pad"
         ),
         _pairs(
             "repair=fix, clean=wash, replace=swap out, choose=pick, paint=coat, insulate=seal against cold"
@@ -77,7 +78,8 @@ _DOMAINS = {
     "office": _Domain(
         _pairs(
             "invoice=bill, resume=curriculum vitae, contract=agreement, budget=spending plan, "
-            "report=findings, calendar=agenda, salary=pay, survey=questionnaire, presentation=slide deck, deadline=due date"
+            "report=findings, calendar=agenda, salary=pay, survey=questionnaire, "
+            "presentation=slide deck, deadline=due date"
         ),
         _pairs("write=draft, review=proofread, share=circulate, negotiate=bargain over, archive=file away"),
         (
