@@ -6,19 +6,21 @@ mlx-lm's: adapters.safetensors and adapter_config.json. No twin yet: JAX has no 
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 
-from common.checkpoint import CONFIG_FILE, MODEL_FILE, TRAINING_FILE, check_keys, read_config, read_json, surviving
+from common.checkpoint import CONFIG_FILE, check_keys, read_config, read_json, surviving
 from common.errors import UserError
 from common.expansion_config import LoraConfig
 from common.hub import resolve_model
@@ -38,6 +40,7 @@ class Origin:
     """What an adapter stands on: a base, how it was loaded, and the adapters below it, lowest first."""
 
     base: Path
+    name: str = ""  # as the user wrote it, where that is a name on the hub
     bits: int = 0  # 4 or 8: the base was quantised after loading
     dtype: str = "auto"
     below: tuple[Path, ...] = ()
@@ -179,7 +182,12 @@ def read_origin(directory: Path, base: str | None = None, say: Callable[[str], N
     if not name:
         raise UserError(f"{directory / ADAPTER_CONFIG}: does not name its base; give it with --base.")
     below = tuple(_beside(directory, Path(path)) for path in written.get("below", ()))
-    return Origin(resolve_base(name, say), written.get("bits", 0), written.get("dtype", "auto"), below)
+    found = resolve_base(name, say)
+    return Origin(found, _hub_name(name), written.get("bits", 0), written.get("dtype", "auto"), below)
+
+
+def _hub_name(name: str) -> str:
+    return "" if Path(name).expanduser().exists() else name
 
 
 def _beside(directory: Path, path: Path) -> Path:
@@ -213,7 +221,7 @@ def load_trained(
             load_adapter(loaded, adapter)
             if not loaded.quantised:
                 fuse(loaded)
-        loaded.origin = Origin(origin.base, origin.bits, origin.dtype, (*origin.below, directory))
+        loaded.origin = replace(origin, below=(*origin.below, directory.resolve()))
     loaded.model.eval()
     return loaded
 
@@ -246,7 +254,7 @@ def adapter_config(loaded: LanguageModel, lora: LoraConfig) -> dict[str, Any]:
     ]
     return {
         "fine_tune_type": "lora",
-        "model": str(origin.base),
+        "model": origin.name or str(origin.base.resolve()),
         "num_layers": len(layers),
         "lora_parameters": {
             "rank": lora.rank,
@@ -263,9 +271,20 @@ def adapter_config(loaded: LanguageModel, lora: LoraConfig) -> dict[str, Any]:
     }
 
 
-def fused_tensors(loaded: LanguageModel) -> Mapping[str, mx.array]:
+def fused_tensors(loaded: LanguageModel) -> dict[str, mx.array]:
     """Every weight by its Hugging Face name, of a model without adapters."""
     return dict(_flat(loaded.model.parameters()))
+
+
+def write_tensors(file: Path, tensors: Mapping[str, mx.array]) -> None:
+    """A safetensors file of MLX arrays, bfloat16 too. Raises OSError when it cannot be written."""
+    try:
+        mx.save_safetensors(str(file), dict(tensors), metadata={"format": "pt"})
+    except (RuntimeError, ValueError) as error:
+        free = shutil.disk_usage(file.parent).free
+        size = sum(value.nbytes for value in tensors.values())
+        code = errno.ENOSPC if free < size else errno.EIO
+        raise OSError(code, f"{os.strerror(code)} ({error})") from error
 
 
 def _wrapped(linear: Any, lora: LoraConfig) -> LoRALinear:
