@@ -37,12 +37,12 @@ CASES = [
     ("ssh keys", "", 60, 120),
     # blank contents count as lines: 30, 30, 5 + 5 + 2 + 0 quality, 10, 20, and the blank lex has no key term
     ("ssh keys", "lex:\nvec:", 102, 120),
-    # lex pair inside one another: -2; vec short: 2 instead of 5
-    ("ssh keys", "lex: ssh public\nlex: ssh public key\nvec: make a key", 105, 120),
+    # lex pair inside one another: -2; vec short: 2 instead of 5; lex longer than vec: -5
+    ("ssh keys", "lex: ssh public\nlex: ssh public key\nvec: make a key", 100, 120),
     # hyde of 4 characters: 5 + 2 + 5 + 5
     ("ssh keys", "hyde: keys\nlex: ssh public\nvec: how to make ssh keys", 127, 140),
     # a filler word that the query has not: -3; a quoted phrase: +3
-    ("ssh keys", 'lex: ssh "public key" basics\nvec: how to make ssh keys for servers', 120, 120),
+    ("ssh keys", 'lex: ssh "public key" basics\nvec: how to make ssh keys for servers', 110, 120),
     # entity TDS: all lex hold it +15, vec too +5; motorsports in lex
     ("who is TDS motorsports", "lex: TDS motorsports team\nvec: history of the TDS motorsports", 120, 120),
     # no lex holds an entity -30, both dropped -40: 30 + 30 + (5 + 5 + 5) - 70 + 20
