@@ -138,7 +138,8 @@ def test_the_gain_is_the_change_of_the_metrics(data: RankingData) -> None:
     (found,) = gain.gains([("router", "lex: router gateway")])
     assert (found.ndcg, found.recall, found.drift) == (1.0, 1.0, 0.0)
     assert found.reward == pytest.approx(1.5)
-    assert gain("jaguar", "lex: jaguar car\nlex: jaguar engine") > 0 > gain("jaguar", "lex: jaguar tea -car")
+    better = "lex: jaguar car\nlex: jaguar engine\nlex: big jaguar"
+    assert gain("jaguar", better) > 0 > gain("jaguar", "lex: jaguar tea -car")
     assert gain("forest", "lex: forest") == 0.0
 
 
