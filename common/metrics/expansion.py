@@ -144,7 +144,7 @@ def useless_lines(query: str, text: str) -> Iterator[str]:
     """What is wrong with each line that cannot help a search for the query: one entry a line."""
     query = _ONLY.sub("", query.strip())
     asked = _stems(query)
-    foreign = len(re.findall(f"[{_CJK}]", query)) * 2 > len(re.findall(r"[^\W\d_]", query))
+    foreign = is_cjk(query)
     seen: set[str] = set()
     for kind, texts in split_lines(clean(text)[0]).items():
         for line in texts:
@@ -172,6 +172,17 @@ def keeps_term(line: str, query: str) -> bool:
     """Whether QMD's parser keeps a line: it contains a term of the query, or the query has none (CJK)."""
     terms = re.sub(r"[^a-z0-9]+", " ", query.lower()).split()
     return not terms or any(term in line.lower() for term in terms)
+
+
+def has_key_term(line: str, query: str, key: frozenset[str] = KEY) -> bool:
+    """Whether a lex line has a word of the query that is one to search by; True if the query has none."""
+    terms = set(query.lower().split()) - key
+    return not terms or bool(terms & set(line.lower().split()))
+
+
+def is_cjk(query: str) -> bool:
+    """Whether most letters of a query are Chinese, Japanese or Korean."""
+    return len(re.findall(f"[{_CJK}]", query)) * 2 > len(re.findall(r"[^\W\d_]", query))
 
 
 def template_expansion(query: str) -> str:
@@ -365,7 +376,7 @@ def _quality_base(query: str, lex: Sequence[str], vec: Sequence[str], key: froze
     if vec:
         points += 5 if all(" " in line and len(line) > 15 for line in vec) else 2
     if lex:
-        kept = [_has_key_term(line, query, key) for line in lex]
+        kept = [has_key_term(line, query, key) for line in lex]
         points += 5 if all(kept) else 2 * any(kept)
     return points
 
@@ -373,11 +384,6 @@ def _quality_base(query: str, lex: Sequence[str], vec: Sequence[str], key: froze
 def _quality(query: str, lex: Sequence[str], vec: Sequence[str]) -> int:
     points = _quality_base(query, lex, vec) - 3 * _fillers(lex, query)
     return points + 3 * (any('"' in line for line in lex) and len(query.split()) >= 2)
-
-
-def _has_key_term(line: str, query: str, key: frozenset[str] = KEY) -> bool:
-    terms = set(query.lower().split()) - key
-    return not terms or bool(terms & set(line.lower().split()))
 
 
 def _fillers(lex: Sequence[str], query: str) -> int:
@@ -424,7 +430,7 @@ def _entity_only(found: frozenset[str], wanted: Sequence[str]) -> int:
 
 
 def _quality_lex(query: str, lex: Sequence[str]) -> int:
-    kept = all(_has_key_term(line, query) for line in lex)
+    kept = all(has_key_term(line, query) for line in lex)
     return 5 * kept + 5 * (not any(map(_is_generic, lex))) - 3 * _fillers(lex, query)
 
 
