@@ -28,7 +28,7 @@ from common.metrics.expansion import (
     useless_lines,
 )
 from common.metrics.ranking import mean
-from common.qmd import Parsed, follows_grammar, parse_completion
+from common.qmd import Parsed, in_grammar, parse_completion
 from common.report import Table, page, table_html, tables_text
 from common.retrieval_effect import TEMPLATE, Effect, difference
 
@@ -117,7 +117,7 @@ def _complaints(query: str, text: str, parsed: Parsed) -> Iterable[str]:
     lex, hyde = ([content for kind, content in lines if kind == wanted] for wanted in ("lex", "hyde"))
     if parsed.fallback:
         yield "unusable"
-    if not follows_grammar(cleaned + "\n"):
+    if not in_grammar(cleaned + "\n"):
         yield "off the grammar"
     written = " ".join(content for kind, content in lines if kind != "hyde").lower()
     if written and any(entity not in written for entity in entities(query)):
@@ -265,7 +265,7 @@ def _score_table(evaluation: ExpansionEvaluation) -> Table:
         "note": (
             "QMD: the score of today's reward.py; January: that of the published 92.0 %; both judge form, "
             "and a template passes them. strict: times the share of lines that bring something new. "
-            "Excellent: 80 % or more of QMD's. usable: answers of which QMD keeps a line. p: paired, "
+            "Excellent: 80 % or more of QMD's. usable: answers of which QMD keeps a line. p: paired "
             "randomisation."
         ),
     }

@@ -8,10 +8,6 @@ from dataclasses import dataclass
 from common.data.expansion import TYPES, Line
 from common.metrics.expansion import clean, keeps_term
 
-GRAMMAR = (
-    'root ::= line+\nline ::= type ": " content "\\n"\ntype ::= "lex" | "vec" | "hyde"\ncontent ::= [^\\n]+\n'
-)
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -51,9 +47,6 @@ def parse_completion(query: str, text: str) -> Parsed:
     return Parsed(lines, len(written) - (0 if fallback else len(lines)), fallback)
 
 
-def follows_grammar(text: str) -> bool:
-    """Whether QMD's grammar can still go on from a text: what a constrained decoder asks of each token."""
-    *whole, last = text.split("\n")
-    if not all(re.fullmatch(r"(lex|vec|hyde): .+", line) for line in whole):
-        return False
-    return any(f"{kind}: ".startswith(last) or last.startswith(f"{kind}: ") for kind in TYPES)
+def in_grammar(text: str) -> bool:
+    """Whether QMD's grammar could have produced a text: lines `type: content`, each with its newline."""
+    return re.fullmatch(r"((lex|vec|hyde): [^\n]+\n)+", text) is not None
