@@ -193,10 +193,10 @@ def _personal(person: str, thing: tuple[str, str], action: tuple[str, str]) -> E
             "hyde",
             f"{person} and I talked about the {thing[0]} ({thing[1]}) and how to {action[1]} it.",
         ),
-        ("lex", f"{person} {thing[0]} notes"),
-        ("lex", f"{person} {action[1]} {thing[1]}"),
+        ("lex", f"{person} {thing[0]} {action[1]}"),
+        ("lex", f"{person} meeting {thing[1]}"),
         ("vec", f"notes of the meeting with {person} about the {thing[1]}"),
-        ("vec", f"what {person} said on how to {action[0]} the {thing[0]}"),
+        ("vec", f"what {person} said on how to {action[0]} the {thing[1]}"),
     )
     return ExpansionRow(
         f"meeting with {person} about how to {action[0]} the {thing[0]}", lines, category="entity"
@@ -214,7 +214,7 @@ def _ambiguous() -> Iterator[tuple[str, ExpansionRow]]:
                 ("lex", f'"{word} {sense}" {aspect} -{other}'),
                 ("lex", f"{word} {aspect} facts -{other}"),
                 ("vec", f"{aspect} of the {sense} that is called {word}"),
-                ("vec", f"what there is to know about the {aspect} of a {word}, the {sense}"),
+                ("vec", f"{aspect} of a {word} as a {sense} and not as a {other}"),
             )
             row = ExpansionRow(f"{word} {sense} {aspect}", lines, category="negation")
             yield f"sense-{word}-{aspect}", row

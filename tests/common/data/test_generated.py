@@ -5,6 +5,7 @@ from __future__ import annotations
 from common.data.expansion import load_expansions, parse_row, without_only
 from common.data.generated import generated_collection, generated_queries, generated_rows
 from common.data.records import same_words
+from common.data.sources import load_ranking_data
 
 
 def test_rows_are_the_same_each_time_and_valid() -> None:
@@ -48,3 +49,10 @@ def test_passages_lack_the_words_that_queries_have() -> None:
         action, thing = data.queries[query].removeprefix("how to ").replace(" the ", " ").split()
         words = data.corpus[next(iter(grades))].lower().split()
         assert thing not in words and action not in words[:6]
+
+
+def test_the_collection_is_ranking_data_by_name() -> None:
+    data = load_ranking_data("generated")
+    whole = generated_collection()
+    assert data.corpus == whole.corpus and data.qrels["test"] == whole.qrels["test"]
+    assert set(data.qrels["train"]) | set(data.qrels["dev"]) == set(whole.qrels["train"])
