@@ -52,6 +52,8 @@ class DatasetConfig:
     """Split of validation rows; empty: `validation` or `val`, else a tenth is cut off."""
     max_samples: int | None = None
     """Use at most this many training rows."""
+    held_out: str = ""
+    """File of evaluation queries (QMD's evals/queries.txt): rows that ask one of them are left out."""
     trim_hyde: bool = False
     """Cut hydes to the 200 characters that the score pays for."""
     on_bad_row: OnBadRow = "error"
@@ -158,7 +160,9 @@ class RewardConfig:
     retrieval: float = 0.0
     """Weight of the change of NDCG and recall when the expansion is added to a search."""
     retrieval_data: str = ""
-    """BEIR folder of the retrieval reward, whose queries are then the prompts."""
+    """BEIR folder (or `generated`) of the retrieval reward, whose training queries are then the prompts."""
+    retrieval_encoder: str = "default"
+    """Encoder of its dense search; `none`: BM25 alone."""
 
 
 @dataclass(frozen=True)
@@ -448,6 +452,11 @@ def _check(config: Any, more: list[tuple[str, bool, str]]) -> None:
             "lora.train_embeddings",
             not (lora.train_embeddings and (model.load_in_4bit or model.load_in_8bit)),
             "false with a quantised base, whose embeddings cannot learn",
+        ),
+        (
+            "training.grad_checkpoint",
+            not (training.grad_checkpoint and lora.dropout),
+            "false with lora.dropout above 0, whose mask would be drawn anew in the backward pass",
         ),
         *more,
     ]

@@ -10,13 +10,23 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from common.backends import checkpoint_identity
+from common.backends import checkpoint_identity, load_encoder
+from common.checkpoint import CONFIG_FILE
 from common.config import to_dict
-from common.data.expansion import ExpansionData, ExpansionRow, load_expansions, render_lines
+from common.data.expansion import (
+    ExpansionData,
+    ExpansionRow,
+    load_expansions,
+    read_queries,
+    render_lines,
+)
+from common.data.sources import load_ranking_data
+from common.errors import UserError
 from common.expansion_config import TINY, GrpoConfig, SftConfig
+from common.metrics.expansion import score, score_strict
 from common.prompts import ExpansionPrompts, load_tokenizer
+from common.retrieval.expansion import RetrievalGain
 from common.runs import RunFolder
 from common.tiny_qwen import write_tiny_qwen
 from mlx_impl.models.qwen import (
@@ -24,11 +34,14 @@ from mlx_impl.models.qwen import (
     Origin,
     add_lora,
     check_vocabulary,
+    find_adapter,
     load_base,
+    load_trained,
     resolve_base,
 )
 from mlx_impl.scoring import accelerator
 from mlx_impl.training.adapters import AdapterTrainer
+from mlx_impl.training.grpo import GrpoTrainer, Reward
 from mlx_impl.training.sft import SftTrainer
 
 Say = Callable[[str], None]
@@ -48,19 +61,94 @@ def train_sft(config: SftConfig, options: ExpansionOptions, say: Say = print) ->
     """Run `sft`, or go on with it; returns the run's folder. Raises UserError before anything is trained."""
     data = load_data(config, say)
     base = None if config.model.base == TINY else resolve_base(config.model.base, say)
-    with _folder(config, options, data, {"base": TINY if base is None else checkpoint_identity(base)}) as folder:
+    inputs = {"base": TINY if base is None else checkpoint_identity(base)}
+    with _folder(config, options, data, inputs) as folder:
         if base is None:
             base = tiny_base(folder.path / "base", data, config.training.seed)
-        loaded, prompts = prepare(config, Origin(base, _hub_name(config.model.base, base), _bits(config), config.model.torch_dtype))
+        name = "" if config.model.base == TINY else _hub_name(config.model.base)
+        loaded = load_base(Origin(base, name, _bits(config), config.model.torch_dtype))
+        prompts = expansion_prompts(config, loaded)
         add_lora(loaded, config.lora, config.training.seed)
         return _run(SftTrainer(config, loaded, prompts, data, say=say), folder, options)
+
+
+def train_grpo(config: GrpoConfig, options: ExpansionOptions, say: Say = print) -> Path:
+    """Run `grpo`, or go on with it; returns the run's folder. Raises UserError before anything is trained."""
+    loaded = _start(config, say)
+    data, retrieval = load_data(config, say), _retrieval(config, say)
+    inputs = {"start": _identity(loaded.origin)}
+    with _folder(config, options, data, inputs) as folder:
+        prompts = expansion_prompts(config, loaded)
+        add_lora(loaded, config.lora, config.training.seed)
+        queries = [row.query for row in data.train][: config.dataset.max_samples]
+        held_out = [row.query for row in data.val]
+        if retrieval is not None:
+            asked = sorted(retrieval.queries, key=lambda query: hashlib.sha256(query.encode()).digest())
+            cut = max(1, len(asked) // 10)
+            queries, held_out = asked[cut:][: config.dataset.max_samples], asked[:cut]
+        rewards = _rewards(config, retrieval)
+        trainer = GrpoTrainer(
+            config, loaded, prompts, queries, held_out, rewards, data_name=data.name, say=say
+        )
+        return _run(trainer, folder, options)
+
+
+def _start(config: GrpoConfig, say: Say) -> LanguageModel:
+    """The model that GRPO begins at: base and SFT adapter, or the base alone."""
+    model = config.model
+    if model.sft == "none":
+        origin = Origin(
+            resolve_base(model.base, say), _hub_name(model.base), _bits(config), model.torch_dtype
+        )
+        return load_base(origin)
+    adapter = find_adapter(Path(model.sft))
+    if adapter is None and not (Path(model.sft) / CONFIG_FILE).exists():
+        raise UserError(
+            f"model.sft {model.sft}: no adapter there. Train it first (python mlx_impl/train.py sft), name its run, or "
+            "start from a base alone: --model.sft none --base NAME."
+        )
+    loaded = load_trained(model.sft, model.base or None, say)
+    if _bits(config) and loaded.origin.bits != _bits(config):
+        raise UserError(
+            f"model.load_in_{_bits(config)}bit: the SFT model was trained on a base with "
+            f"{loaded.origin.bits or 'no'} bits of quantisation; GRPO keeps what it had. Leave the key out."
+        )
+    return loaded
+
+
+def _identity(origin: Origin) -> str:
+    return "-".join(checkpoint_identity(path) for path in (origin.base, *origin.below))
+
+
+def _retrieval(config: GrpoConfig, say: Say) -> RetrievalGain | None:
+    settings = config.reward
+    if not settings.retrieval:
+        return None
+    data = load_ranking_data(settings.retrieval_data)
+    name = settings.retrieval_encoder
+    encoder = None if name == "none" else load_encoder(name, "mlx", say=say)
+    return RetrievalGain(data, "train", encoder)
+
+
+def _rewards(config: GrpoConfig, retrieval: RetrievalGain | None) -> dict[str, tuple[float, Reward]]:
+    settings = config.reward
+    rewards: dict[str, tuple[float, Reward]] = {
+        "score": (settings.score, lambda pairs: [score(*pair).reward for pair in pairs]),
+        "strict": (settings.strict, lambda pairs: [score_strict(*pair).reward for pair in pairs]),
+    }
+    if retrieval is not None:
+        gains = retrieval.gains
+        rewards["retrieval"] = settings.retrieval, lambda pairs: [gain.reward for gain in gains(pairs)]
+    return {name: part for name, part in rewards.items() if part[0]}
 
 
 def load_data(config: SftConfig | GrpoConfig, say: Say) -> ExpansionData:
     """The rows of a config; what was left out is said."""
     dataset = config.dataset
+    held_out = [query.query for query in read_queries(dataset.held_out)] if dataset.held_out else []
     data = load_expansions(
         dataset.name,
+        held_out=held_out,
         split=dataset.split,
         eval_split=dataset.eval_split,
         trim_hyde=dataset.trim_hyde,
@@ -70,19 +158,16 @@ def load_data(config: SftConfig | GrpoConfig, say: Say) -> ExpansionData:
     return data
 
 
-def prepare(config: SftConfig | GrpoConfig, origin: Origin) -> tuple[LanguageModel, ExpansionPrompts]:
-    """The frozen base of `origin`, and the prompts of its tokenizer."""
-    tokenizer = load_tokenizer(origin.base)
-    settings = config.prompt
-    prompts = ExpansionPrompts(
+def expansion_prompts(config: SftConfig | GrpoConfig, loaded: LanguageModel) -> ExpansionPrompts:
+    """The prompts of the base's tokenizer. UserError where it does not fit the model or has no template."""
+    settings, tokenizer = config.prompt, load_tokenizer(loaded.origin.base)
+    check_vocabulary(loaded, tokenizer)
+    return ExpansionPrompts(
         tokenizer,
         system=settings.system,
         final_newline=settings.final_newline,
         no_think=settings.no_think,
     )
-    loaded = load_base(origin)
-    check_vocabulary(loaded, tokenizer)
-    return loaded, prompts
 
 
 def tiny_base(directory: Path, data: ExpansionData, seed: int) -> Path:
@@ -141,5 +226,5 @@ def _bits(config: SftConfig | GrpoConfig) -> int:
     return 4 if config.model.load_in_4bit else 8 if config.model.load_in_8bit else 0
 
 
-def _hub_name(name: str, base: Path) -> str:
-    return "" if name == TINY or Path(name).expanduser().exists() else name
+def _hub_name(name: str) -> str:
+    return "" if Path(name).expanduser().exists() else name

@@ -119,6 +119,7 @@ class AdapterTrainer:
     def run(self, folder: RunFolder) -> dict[str, Any]:
         """Train to the end; returns the summary. KeyboardInterrupt after a stop, whose state is saved."""
         self.folder = folder
+        self.model.train()
         states = StateFolder(folder.state, self.config.training.save_total_limit)
         with contextlib.closing(states), interruptible() as stop, checkpointed(self.model, self.config):
             notes = self._restore(states)

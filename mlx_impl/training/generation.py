@@ -6,7 +6,6 @@ On mlx-lm's batch cache. The tokens depend on the prompts, the settings and the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -14,27 +13,15 @@ import numpy as np
 from mlx_lm.models.cache import BatchKVCache
 
 from common.grammar import Grammar
+from common.qmd import Sampling
 
 CHECKED_EVERY = 8  # tokens between looks at which rows have ended
 _DROPPED = 0.25  # share of ended rows from which on they are taken out of a batch
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn. Temperature 0 is greedy; top_k 0 and top_p 1 take all tokens.
-
-    `presence` is subtracted from the logits of the last `presence_window` tokens of the answer.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    presence: float = 0.0
-    presence_window: int = 64
-
-
-GREEDY = Sampling()
-QMD = Sampling(temperature=0.7, top_k=20, top_p=0.8, presence=0.5)  # what QMD asks of node-llama-cpp
+def greedy(max_tokens: int) -> Sampling:
+    """The likeliest token each time."""
+    return Sampling(temperature=0.0, top_k=0, top_p=1.0, presence_penalty=0.0, max_tokens=max_tokens)
 
 
 class Continuation(NamedTuple):
@@ -49,15 +36,15 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     end: int,
-    max_tokens: int,
+    sampling: Sampling,
     copies: int = 1,
-    sampling: Sampling = GREEDY,
     seed: int = 0,
     batch_size: int = 16,
     grammar: Grammar | None = None,
 ) -> list[Continuation]:
     """`copies` continuations of each prompt, those of a prompt together, in the order of `prompts`.
 
+    Temperature 0 is greedy, top_k 0 and top_p 1 take all tokens; the presence penalty looks at the answer alone.
     `batch_size` counts rows (at least one prompt's copies); prompts of like length share a batch. `end` is
     the token that ends a turn.
     """
@@ -67,7 +54,7 @@ def generate(
     for number, first in enumerate(range(0, len(order), size)):
         chosen = order[first : first + size]
         batch = _Batch(model, end, sampling, grammar)
-        keys = mx.random.split(mx.random.key(seed * 100_003 + number), max_tokens)
+        keys = mx.random.split(mx.random.key(seed * 100_003 + number), sampling.max_tokens)
         rows = batch.run([prompts[i] for i in chosen], copies, keys)
         for place, i in enumerate(chosen):
             found[i] = rows[place * copies : (place + 1) * copies]
@@ -80,7 +67,7 @@ class _Batch:
 
     def __init__(self, model: Any, end: int, sampling: Sampling, grammar: Grammar | None) -> None:
         self.model, self.end, self.sampling, self.grammar = model, end, sampling, grammar
-        self.every = 1 if grammar or sampling.presence else CHECKED_EVERY
+        self.every = 1 if grammar or sampling.presence_penalty else CHECKED_EVERY
         self.cache: list[Any] = []
         self.rows: list[int] = []  # of each row in the cache, its place in `written`
         self.written: list[list[int]] = []
@@ -139,12 +126,12 @@ class _Batch:
 
     def _held(self, logits: mx.array, states: Sequence[Any]) -> mx.array:
         """The logits with the presence penalty, and without what the grammar forbids."""
-        if self.sampling.presence:
-            window = self.sampling.presence_window
+        if self.sampling.presence_penalty:
+            window = self.sampling.penalty_window
             for place, row in enumerate(self.rows):
                 recent = sorted(set(self.written[row][-window:]))
                 if recent:
-                    logits[place, mx.array(recent)] -= self.sampling.presence
+                    logits[place, mx.array(recent)] -= self.sampling.presence_penalty
         if self.grammar:
             allowed = np.stack([self.grammar.allowed(state) for state in states])
             logits = mx.where(mx.array(allowed), logits, -mx.inf)

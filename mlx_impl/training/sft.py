@@ -23,7 +23,7 @@ from common.metrics.expansion import score
 from common.prompts import ExpansionPrompts
 from mlx_impl.models.qwen import LanguageModel
 from mlx_impl.training.adapters import AdapterTrainer, Logged
-from mlx_impl.training.generation import generate
+from mlx_impl.training.generation import generate, greedy
 
 PADDED_TO = 32  # lengths of batches are multiples, so that few shapes are compiled
 WINDOW = 50  # batches whose rows are sorted by length together
@@ -116,7 +116,7 @@ class SftTrainer(AdapterTrainer):
             self.model,
             [self.prompts.prompt(row.query, consumer=consumer) for row in chosen],
             end=self.prompts.end_id,
-            max_tokens=settings.max_tokens,
+            sampling=greedy(settings.max_tokens),
             batch_size=settings.batch_size,
         )
         texts = [self.prompts.decode(row.ids) for row in written]
