@@ -298,8 +298,8 @@ class RerankerConfig:
 
     def validate(self) -> RerankerConfig:
         """Return self, or raise a UserError that lists every field out of range."""
-        if misfits := list(misfits(self)):
-            raise UserError("setting of the wrong kind: " + "; ".join(misfits))
+        if wrong := list(misfits(self)):
+            raise UserError("setting of the wrong kind: " + "; ".join(wrong))
         q, d, t, e, r = self.quantum, self.data, self.train, self.evaluation, self.retrain
         width, head = self.model.complex_width, self.model.head
         projectors = HEAD_PROJECTORS[head]

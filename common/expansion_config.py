@@ -205,7 +205,9 @@ class SftConfig:
         return self
 
     def tiny(self) -> SftConfig:
-        """The same for the tiny base: rows that need no download, all of the model learns, minutes on a CPU."""
+        """The same for the tiny base: rows that need no download, all of the model learns, minutes on a
+        CPU.
+        """
         return replace(
             self,
             model=replace(self.model, base=TINY, output="runs/qmd-sft-tiny"),
@@ -439,13 +441,21 @@ def _check(config: Any, more: list[tuple[str, bool, str]]) -> None:
         ("training.save_interval_minutes", minutes is None or minutes > 0, "> 0"),
         ("training.save_total_limit", training.save_total_limit >= 1, ">= 1"),
         ("training.seed", 0 <= training.seed < 2**31, "[0, 2^31)"),
-        ("dataset.max_samples", config.dataset.max_samples is None or config.dataset.max_samples >= 1, ">= 1"),
+        (
+            "dataset.max_samples",
+            config.dataset.max_samples is None or config.dataset.max_samples >= 1,
+            ">= 1",
+        ),
         ("lora.rank", lora.rank >= 1, ">= 1"),
         ("lora.alpha", lora.alpha > 0, "> 0"),
         ("lora.dropout", 0 <= lora.dropout < 1, "[0, 1)"),
         ("lora.target_modules", bool(lora.target_modules) and not unknown, f"of {', '.join(TARGETS)}"),
         ("evaluation.queries", evaluation.queries >= 0, ">= 0"),
-        ("evaluation.queries", evaluation.queries > 0 or training.best == "loss", ">= 1 where best is 'score'"),
+        (
+            "evaluation.queries",
+            evaluation.queries > 0 or training.best == "loss",
+            ">= 1 where best is 'score'",
+        ),
         ("evaluation.max_tokens", evaluation.max_tokens >= 1, ">= 1"),
         ("evaluation.batch_size", evaluation.batch_size >= 1, ">= 1"),
         (
@@ -460,7 +470,11 @@ def _check(config: Any, more: list[tuple[str, bool, str]]) -> None:
         ),
         *more,
     ]
-    wrong = [f"{name} is {_value(config, name)!r}; allowed: {allowed}" for name, good, allowed in checks if not good]
+    wrong = [
+        f"{name} is {_value(config, name)!r}; allowed: {allowed}"
+        for name, good, allowed in checks
+        if not good
+    ]
     if wrong:
         raise UserError("setting out of range: " + "; ".join(wrong))
 

@@ -1,7 +1,7 @@
 """QMD's grammar of an expansion, as the set of tokens that may come next.
 
-root ::= line+; line ::= type ": " content "\\n"; type ::= "lex" | "vec" | "hyde"; content ::= [^\\n]+. Source: tobi/qmd,
-src/llm.ts. The end of the turn is allowed where a line has just ended.
+root ::= line+; line ::= type ": " content "\\n"; type ::= "lex" | "vec" | "hyde"; content ::= [^\\n]+.
+Source: tobi/qmd, src/llm.ts. The end of the turn is allowed where a line has just ended.
 """
 
 from __future__ import annotations

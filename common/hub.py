@@ -25,8 +25,8 @@ def resolve_model(
     """The local directory of a model: a path, else the hub's cache, else the packaged MiniLM, else the hub.
 
     A run's folder stands for its best checkpoint. `say` gets one line: which was used. UserError lists what
-    was tried and what to do (`remedy`, or the packaged model); a checkpoint that exists only as a pickle is refused with the command that
-    converts it.
+    was tried and what to do (`remedy`, or the packaged model); a checkpoint that exists only as a pickle is
+    refused with the command that converts it.
     """
     name = str(name_or_path)
     path = _checkpoint_in(surviving(Path(name).expanduser()))

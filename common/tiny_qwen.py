@@ -1,7 +1,7 @@
 """A tiny Qwen3 of random weights, so that the query expansion runs from end to end without a hub.
 
-The tokenizer is a byte-level BPE trained on the given texts, with Qwen3's normalizer, splitting rule, special tokens
-and chat template (qwen3_chat_template.jinja: Qwen/Qwen3-1.7B, Apache-2.0, copied verbatim).
+The tokenizer is a byte-level BPE trained on the given texts, with Qwen3's normalizer, splitting rule, special
+tokens and chat template (qwen3_chat_template.jinja: Qwen/Qwen3-1.7B, Apache-2.0, copied verbatim).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ ADDED = {
     "</think>": False,
 }
 _SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SIZES = {
     "hidden_size": 128,
@@ -66,7 +67,7 @@ def write_tiny_qwen(
         resonance=None,
         training={"made": "tiny", "seed": seed},
         tokenizer_save=save_tokenizer,
-        card="# A tiny random Qwen3\n\nMade by `mlx_impl/train.py sft --base tiny`; it knows nothing before training.\n",
+        card="# A tiny random Qwen3\n\nMade by `mlx_impl/train.py sft --base tiny`, to be trained.\n",
     )
 
 
@@ -86,7 +87,16 @@ def tiny_config(sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _train_tokenizer(texts: Iterable[str], size: int) -> Any:
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        trainers,
+    )
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()

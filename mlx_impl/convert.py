@@ -3,8 +3,8 @@
 example: python mlx_impl/convert.py runs/qmd-sft --output export/qmd-expansion --types Q8_0 Q4_K_M
 example: python mlx_impl/convert.py runs/qmd-grpo --types Q4_K_M --ollama qmd-expansion
 
-Adapters are fused into their base (a quantised base is dequantised); hf/ in the output is a Hugging Face checkpoint.
-Every file is read back and compared with it. K-quants (Q4_K_M, ...) need an installed llama.cpp.
+Adapters are fused into their base (a quantised base is dequantised); hf/ in the output is a Hugging Face
+checkpoint. Every file is read back and compared with it. K-quants (Q4_K_M, ...) need an installed llama.cpp.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from typing import Any
 
 import tyro
 
-from common.checkpoint import CONFIG_FILE, MODEL_FILE, TRAINING_FILE, read_json, to_json, write_directory, write_file
+from common.checkpoint import (
+    CONFIG_FILE,
+    MODEL_FILE,
+    TRAINING_FILE,
+    read_json,
+    to_json,
+    write_directory,
+    write_file,
+)
 from common.errors import UserError, run_command
 from common.qmd import Sampling
 from mlx_impl.export import gguf
@@ -58,7 +66,10 @@ def convert(options: ConvertOptions, say: Callable[[str], None] = print) -> list
     checkpoint = fuse_checkpoint(options, say)
     name = options.output.name
     files = []
-    metadata = {"license": options.license, "description": "Expands search queries for QMD (lex, vec, hyde lines)"}
+    metadata = {
+        "license": options.license,
+        "description": "Expands search queries for QMD (lex, vec, hyde lines)",
+    }
     for kind in kinds:
         file = options.output / f"{name}-{kind.lower()}.gguf"
         if kind in gguf.WRITTEN:
@@ -67,8 +78,8 @@ def convert(options: ConvertOptions, say: Callable[[str], None] = print) -> list
             _k_quant(checkpoint, file, kind, name, metadata, say)
         errors = gguf.verify_gguf(file, checkpoint, kind)
         say(
-            f"{file}: {file.stat().st_size / 1e6:.1f} MB, {len(errors)} tensors verified, largest relative error "
-            f"{max(errors.values()):.2g}"
+            f"{file}: {file.stat().st_size / 1e6:.1f} MB, {len(errors)} tensors verified, largest relative "
+            f"error {max(errors.values()):.2g}"
         )
         files.append(file)
     _write(options.output / "Modelfile", modelfile(files[-1].name))
@@ -84,7 +95,9 @@ def fuse_checkpoint(options: ConvertOptions, say: Callable[[str], None]) -> Path
     try:
         from mlx_impl.models.qwen import fuse, fused_tensors, load_trained, write_tensors
     except ImportError as error:
-        raise UserError(f"MLX cannot be loaded here ({error}); install it with `pip install -e '.[mlx]'`.") from None
+        raise UserError(
+            f"MLX cannot be loaded here ({error}); install it with `pip install -e '.[mlx]'`."
+        ) from None
     loaded = load_trained(options.model, options.base, say)
     gguf.read_template(loaded.origin.base)  # before anything is written
     fuse(loaded, dequantise=True)
@@ -153,7 +166,11 @@ def _k_quant(
 def _history(origin: Any) -> dict[str, Any]:
     """What the model was made of: its base, and each adapter's own training.json."""
     adapters = [{"adapter": str(path), **read_json(path / TRAINING_FILE)} for path in origin.below]
-    return {"base": origin.name or str(origin.base), "quantised_to": origin.bits or None, "adapters": adapters}
+    return {
+        "base": origin.name or str(origin.base),
+        "quantised_to": origin.bits or None,
+        "adapters": adapters,
+    }
 
 
 def _card(options: ConvertOptions, files: Sequence[Path], history: dict[str, Any]) -> str:
@@ -180,7 +197,8 @@ Rewrites a search query into `lex`, `vec` and `hyde` lines for QMD. From `{base}
 | validation of the last training | |
 |---|---|
 {figures}
-Prompt (QMD sends it itself): `/no_think Expand this search query: ...`. Sample as QMD does; greedy decoding may loop.
+Prompt (QMD sends it itself): `/no_think Expand this search query: ...`. Sample as QMD does; greedy decoding
+may loop.
 
 QMD: `export QMD_GENERATE_MODEL=/absolute/path/{files[-1].name}`. Ollama: `ollama create NAME -f Modelfile`.
 The score judges form and is easy to game; `mlx_impl/eval.py` prints a template's beside it.

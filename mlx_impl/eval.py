@@ -3,7 +3,8 @@
 example: python mlx_impl/eval.py runs/qmd-sft --queries queries.txt
 example: python mlx_impl/eval.py runs/qmd-grpo runs/qmd-sft --sampled --retrieval path/to/beir_folder
 
-A template without a model is judged beside them. Queries stand one a line; without a file generated ones are asked.
+A template without a model is judged beside them. Queries stand one a line; without a file generated ones are
+asked.
 """
 
 from __future__ import annotations
@@ -108,7 +109,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def evaluate(options: EvalOptions, say: Callable[[str], None] = print) -> ExpansionEvaluation:
-    """Ask every model, judge, and write the two files. Raises UserError, before a model is loaded, for bad input."""
+    """Ask every model, judge, and write the two files. Raises UserError, before a model is loaded, for bad
+    input.
+    """
     if not options.models:
         raise UserError("no model given: name a run, an adapter directory or a checkpoint.")
     queries = _queries(options)

@@ -104,8 +104,8 @@ def _start(config: GrpoConfig, say: Say) -> LanguageModel:
     adapter = find_adapter(Path(model.sft))
     if adapter is None and not (Path(model.sft) / CONFIG_FILE).exists():
         raise UserError(
-            f"model.sft {model.sft}: no adapter there. Train it first (python mlx_impl/train.py sft), name its run, or "
-            "start from a base alone: --model.sft none --base NAME."
+            f"model.sft {model.sft}: no adapter there. Train it first (python mlx_impl/train.py sft), name "
+            "its run, or start from a base alone: --model.sft none --base NAME."
         )
     loaded = load_trained(model.sft, model.base or None, say)
     if _bits(config) and loaded.origin.bits != _bits(config):
@@ -207,8 +207,8 @@ def _run(trainer: AdapterTrainer, folder: RunFolder, options: ExpansionOptions) 
     layers = sum(path.endswith("lora_a") for path, _ in trainer.learned())
     count = sum(value.size for _, value in trainer.learned())
     say(
-        f"{trainer.steps} steps; {count:,} parameters learn in {layers} adapted layers (rank {config.lora.rank})"
-        f"{' and the embeddings' if config.lora.train_embeddings else ''}"
+        f"{trainer.steps} steps; {count:,} parameters learn in {layers} adapted layers (rank "
+        f"{config.lora.rank}){' and the embeddings' if config.lora.train_embeddings else ''}"
     )
     if options.dry_run:
         say("dry run: nothing was trained")
@@ -216,8 +216,9 @@ def _run(trainer: AdapterTrainer, folder: RunFolder, options: ExpansionOptions) 
     summary = trainer.run(folder)
     folder.write_json("results.json", summary)
     say(
-        f"best {config.training.best} {summary['best']:.4f} at step {summary['best_step']}\nadapter: {folder.best}\n"
-        f"next: python mlx_impl/eval.py {folder.path}\n      python mlx_impl/convert.py {folder.path}"
+        f"best {config.training.best} {summary['best']:.4f} at step {summary['best_step']}\nadapter: "
+        f"{folder.best}\nnext: python mlx_impl/eval.py {folder.path}\n      python mlx_impl/convert.py "
+        f"{folder.path}"
     )
     return folder.path
 

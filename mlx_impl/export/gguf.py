@@ -48,7 +48,9 @@ K_QUANT_ERROR = {"Q3_K_M": 0.25, "Q4_K_S": 0.15, "Q4_K_M": 0.15, "Q5_K_S": 0.08,
 
 
 def gguf_name(key: str) -> str:
-    """`model.layers.0.self_attn.q_proj.weight` -> `blk.0.attn_q.weight`; UserError for a key Qwen3 has not."""
+    """`model.layers.0.self_attn.q_proj.weight` -> `blk.0.attn_q.weight`; UserError for a key Qwen3 has
+    not.
+    """
     stem = key.removesuffix(".weight")
     found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
     name = f"blk.{found[1]}.{_LAYER.get(found[2])}" if found and found[2] in _LAYER else _WHOLE.get(stem)
@@ -146,7 +148,10 @@ def read_vocabulary(directory: Path, size: int) -> Vocabulary:
     """The tokenizer of a checkpoint, filled up to the model's vocabulary of `size` with unused tokens."""
     import gguf
 
-    described, settings = read_json(directory / "tokenizer.json"), read_json(directory / "tokenizer_config.json")
+    described, settings = (
+        read_json(directory / "tokenizer.json"),
+        read_json(directory / "tokenizer_config.json"),
+    )
     model = described["model"]
     if model.get("type") != "BPE":
         raise UserError(f"{directory / 'tokenizer.json'}: a {model.get('type')} tokenizer; Qwen3's is BPE.")
@@ -181,9 +186,9 @@ def read_template(directory: Path, settings: Mapping[str, Any] | None = None) ->
     template = file.read_text(encoding="utf-8") if file.exists() else settings.get("chat_template")
     if not isinstance(template, str) or not template:
         raise UserError(
-            f"{directory}: the tokenizer has no chat template, without which llama.cpp and QMD would prompt the "
-            "model in another form than it was trained in. Copy tokenizer_config.json (or chat_template.jinja) "
-            "of the base, Qwen/Qwen3-1.7B."
+            f"{directory}: the tokenizer has no chat template, without which llama.cpp and QMD would prompt "
+            "the model in another form than it was trained in. Copy tokenizer_config.json (or "
+            "chat_template.jinja) of the base, Qwen/Qwen3-1.7B."
         )
     return template
 
@@ -217,14 +222,19 @@ def _checked_config(directory: Path) -> dict[str, Any]:
     config = read_config(directory)
     if config.get("model_type") != "qwen3":
         raise UserError(
-            f"{directory / CONFIG_FILE}: model_type is {config.get('model_type')!r}; this export writes qwen3."
+            f"{directory / CONFIG_FILE}: model_type is {config.get('model_type')!r}; this export writes "
+            "qwen3."
         )
     if "quantization" in config or "quantization_config" in config:
-        raise UserError(f"{directory}: is quantised; convert the adapter with its base, which dequantises it.")
+        raise UserError(
+            f"{directory}: is quantised; convert the adapter with its base, which dequantises it."
+        )
     return config
 
 
-def _describe(writer: Any, config: Mapping[str, Any], name: str, kind: str, metadata: Mapping[str, str]) -> None:
+def _describe(
+    writer: Any, config: Mapping[str, Any], name: str, kind: str, metadata: Mapping[str, str]
+) -> None:
     import gguf
 
     writer.add_type("model")
@@ -255,7 +265,9 @@ def _describe(writer: Any, config: Mapping[str, Any], name: str, kind: str, meta
     base = config.get("rope_theta") or rope.get("rope_theta")
     scaled = config.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
     if base is None or scaled:
-        raise UserError(f"config.json: rope is {scaled or base!r}; this export writes Qwen3's plain rope_theta.")
+        raise UserError(
+            f"config.json: rope is {scaled or base!r}; this export writes Qwen3's plain rope_theta."
+        )
     writer.add_rope_freq_base(float(base))
 
 
@@ -328,7 +340,9 @@ def _slices(directory: Path) -> Iterator[tuple[str, Any]]:
                 for key in sorted(file.keys()):
                     yield key, file.get_slice(key)
         except (SafetensorError, FileNotFoundError) as error:
-            raise UserError(f"{directory / name}: cannot be read ({error}). Write or copy it again.") from None
+            raise UserError(
+                f"{directory / name}: cannot be read ({error}). Write or copy it again."
+            ) from None
 
 
 def _relative_error(read: np.ndarray, value: np.ndarray) -> float:
@@ -425,6 +439,6 @@ def _sync(path: Path) -> None:
 
 def _cannot_write(file: Path, error: OSError) -> UserError:
     return UserError(
-        f"cannot write {file}: {error.strerror or error}. Nothing half written is left; free some space or choose "
-        "another --output, then run the same command again."
+        f"cannot write {file}: {error.strerror or error}. Nothing half written is left; free some space or "
+        "choose another --output, then run the same command again."
     )

@@ -30,8 +30,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 GROUP_SIZE = 64  # weights that share a scale in a quantised base
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _REMEDY = (
-    "Check the spelling and the network, give the path of a downloaded Qwen3 checkpoint directory, or run the "
-    "embedded default, which needs no download: --base tiny"
+    "Check the spelling and the network, give the path of a downloaded Qwen3 checkpoint directory, or run "
+    "the embedded default, which needs no download: --base tiny"
 )
 
 
@@ -66,15 +66,17 @@ def resolve_base(name: str, say: Callable[[str], None] = print) -> Path:
 
 
 def load_base(origin: Origin) -> LanguageModel:
-    """The base of `origin`, frozen. UserError: another architecture, tensors that do not fit, a bad tokenizer."""
+    """The base of `origin`, frozen. UserError: another architecture, tensors that do not fit, a bad
+    tokenizer.
+    """
     from mlx_lm.utils import load_model
 
     directory = surviving(origin.base)
     config = read_config(directory)
     if config.get("model_type") != "qwen3":
         raise UserError(
-            f"{directory / CONFIG_FILE}: model_type is {config.get('model_type')!r}; this command trains qwen3 "
-            "(Qwen/Qwen3-0.6B, -1.7B, -4B and their fine-tunes)."
+            f"{directory / CONFIG_FILE}: model_type is {config.get('model_type')!r}; this command trains "
+            "qwen3 (Qwen/Qwen3-0.6B, -1.7B, -4B and their fine-tunes)."
         )
     try:
         model, _ = load_model(directory, lazy=True)
@@ -96,8 +98,8 @@ def check_vocabulary(loaded: LanguageModel, tokenizer: Any) -> None:
     size = loaded.config["vocab_size"]
     if len(tokenizer) > size:
         raise UserError(
-            f"{loaded.origin.base}: the tokenizer has {len(tokenizer)} tokens and the model a vocabulary of {size}; "
-            "they do not belong together. Copy the tokenizer files of the model's own base."
+            f"{loaded.origin.base}: the tokenizer has {len(tokenizer)} tokens and the model a vocabulary of "
+            f"{size}; they do not belong together. Copy the tokenizer files of the model's own base."
         )
 
 
@@ -143,7 +145,8 @@ def without_adapter(model: Any) -> Iterator[None]:
 
 
 def load_adapter(loaded: LanguageModel, directory: Path) -> None:
-    """Put the adapter of a directory on the model, frozen, without dropout; trained embeddings replace the base's.
+    """Put the adapter of a directory on the model, frozen, without dropout; trained embeddings replace the
+    base's.
 
     UserError when a tensor of it does not fit.
     """
@@ -157,7 +160,9 @@ def load_adapter(loaded: LanguageModel, directory: Path) -> None:
     try:
         tensors = mx.load(str(directory / ADAPTER_FILE))
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{directory / ADAPTER_FILE}: truncated or missing ({error}). Copy it again.") from None
+        raise UserError(
+            f"{directory / ADAPTER_FILE}: truncated or missing ({error}). Copy it again."
+        ) from None
     assert isinstance(tensors, dict)
     whole = ("model.embed_tokens.weight", "lm_head.weight")
     add_lora(loaded, lora, seed=0)
@@ -196,7 +201,9 @@ def _beside(directory: Path, path: Path) -> Path:
 
 
 def find_adapter(path: Path) -> Path | None:
-    """The adapter directory that a path means, a run's folder standing for its best/; None for a whole model."""
+    """The adapter directory that a path means, a run's folder standing for its best/; None for a whole
+    model.
+    """
     path = surviving(path.expanduser())
     for place in (path, surviving(path / "best")):
         if (place / ADAPTER_CONFIG).exists():
@@ -204,10 +211,9 @@ def find_adapter(path: Path) -> Path | None:
     return None
 
 
-def load_trained(
-    name: str, base: str | None = None, say: Callable[[str], None] = print
-) -> LanguageModel:
-    """A model as trained: an adapter or run with all that it stands on, or a whole checkpoint, in evaluation mode.
+def load_trained(name: str, base: str | None = None, say: Callable[[str], None] = print) -> LanguageModel:
+    """A model as trained: an adapter or run with all that it stands on, or a whole checkpoint, in evaluation
+    mode.
 
     Adapters of a base that is not quantised are fused into it. `base` replaces the recorded base's place.
     """

@@ -1,7 +1,8 @@
 """The training loop of a language model's adapter: steps, evaluation, best and final adapters, exact resume.
 
-A subclass says what a step and an evaluation are (training/sft.py, training/grpo.py). What is random in a step
-depends on the seed and its number alone, so that a run goes on bit for bit where it stopped. No twin yet.
+A subclass says what a step and an evaluation are (training/sft.py, training/grpo.py). What is random in a
+step depends on the seed and its number alone, so that a run goes on bit for bit where it stopped. No twin
+yet.
 """
 
 from __future__ import annotations
@@ -212,9 +213,7 @@ def save_adapter(
     write_directory(directory, fill)
 
 
-def make_update(
-    model: Any, optimizer: optim.Optimizer, max_norm: float
-) -> Callable[[Any], mx.array]:
+def make_update(model: Any, optimizer: optim.Optimizer, max_norm: float) -> Callable[[Any], mx.array]:
     """A compiled optimizer step on gradients that are clipped by their global norm, which it returns."""
     captured = [model.state, optimizer.state]
 
@@ -235,7 +234,9 @@ def make_update(
 
 @contextlib.contextmanager
 def checkpointed(model: Any, config: SftConfig | GrpoConfig) -> Iterator[None]:
-    """Inside the block a layer's activations are computed again in the backward pass, where the config asks."""
+    """Inside the block a layer's activations are computed again in the backward pass, where the config
+    asks.
+    """
     if not config.training.grad_checkpoint:
         yield
         return
@@ -267,9 +268,10 @@ def _explained(config: SftConfig | GrpoConfig) -> Iterator[None]:
         training = config.training
         raise UserError(
             f"out of memory: halve training.batch_size (now {training.batch_size}) and double "
-            f"training.gradient_accumulation_steps ({training.gradient_accumulation_steps}), which keeps the "
-            "result; set training.grad_checkpoint: true; or quantise the base with model.load_in_4bit: true. Then "
-            f"start over with --fresh. ({str(error).splitlines()[0] if str(error) else 'host memory'})"
+            f"training.gradient_accumulation_steps ({training.gradient_accumulation_steps}), which keeps "
+            "the result; set training.grad_checkpoint: true; or quantise the base with model.load_in_4bit: "
+            "true. Then start over with --fresh. "
+            f"({str(error).splitlines()[0] if str(error) else 'host memory'})"
         ) from error
 
 
@@ -282,7 +284,8 @@ library_name: mlx
 ---
 # A LoRA adapter that expands search queries
 
-On the base `{loaded.origin.name or loaded.origin.base}`{below}; data `{training["data"]["name"]}`, step {training["step"]}.
+On the base `{loaded.origin.name or loaded.origin.base}`{below}; data `{training["data"]["name"]}`, step
+{training["step"]}.
 
 | validation | |
 |---|---|

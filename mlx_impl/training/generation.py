@@ -1,4 +1,5 @@
-"""Batched generation: each prompt is read once for all its continuations; greedy, sampled, or held to a grammar.
+"""Batched generation: each prompt is read once for all its continuations; greedy, sampled, or held to a
+grammar.
 
 On mlx-lm's batch cache. The tokens depend on the prompts, the settings and the seed alone. No twin yet.
 """
@@ -44,7 +45,8 @@ def generate(
 ) -> list[Continuation]:
     """`copies` continuations of each prompt, those of a prompt together, in the order of `prompts`.
 
-    Temperature 0 is greedy, top_k 0 and top_p 1 take all tokens; the presence penalty looks at the answer alone.
+    Temperature 0 is greedy, top_k 0 and top_p 1 take all tokens; the presence penalty looks at the answer
+    alone.
     `batch_size` counts rows (at least one prompt's copies); prompts of like length share a batch. `end` is
     the token that ends a turn.
     """

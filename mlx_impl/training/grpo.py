@@ -1,8 +1,9 @@
-"""Group relative policy optimisation of a query expander: groups of completions, rewarded, against the SFT model.
+"""Group relative policy optimisation of a query expander: groups of completions, rewarded, against the SFT
+model.
 
 The reference is the model with the fresh adapter off, so the KL of step 0 is 0. Sources: Shao et al. 2024,
-arXiv:2402.03300 (GRPO); Liu et al. 2025, 2503.20783 (dr_grpo); Yu et al. 2025, 2503.14476 (dapo); Zheng et al. 2025,
-2507.18071 (sequence ratio); tobi/qmd, finetune/experiments/grpo. No twin yet: JAX has no Qwen3.
+arXiv:2402.03300 (GRPO); Liu et al. 2025, 2503.20783 (dr_grpo); Yu et al. 2025, 2503.14476 (dapo); Zheng et
+al. 2025, 2507.18071 (sequence ratio); tobi/qmd, finetune/experiments/grpo. No twin yet: JAX has no Qwen3.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class Completions(NamedTuple):
 class GrpoTrainer(AdapterTrainer):
     """A GRPO run: `queries` are asked in a shuffled order, `held_out` ones are evaluated on.
 
-    `rewards` maps a name to (weight, function); their weighted sum is the reward. UserError when the rewards of
-    grpo.patience steps in a row never differ within a group, or the KL runs away.
+    `rewards` maps a name to (weight, function); their weighted sum is the reward. UserError when the rewards
+    of grpo.patience steps in a row never differ within a group, or the KL runs away.
     """
 
     evaluates_start = True
@@ -69,8 +70,8 @@ class GrpoTrainer(AdapterTrainer):
         self.per_epoch = max(1, len(self.queries) // self.asked)
         if len(self.queries) < self.asked or not self.held_out:
             raise UserError(
-                f"the data has {len(self.queries)} training and {len(self.held_out)} validation queries; a step asks "
-                f"{self.asked}, and an evaluation needs one. Give more rows."
+                f"the data has {len(self.queries)} training and {len(self.held_out)} validation queries; a "
+                f"step asks {self.asked}, and an evaluation needs one. Give more rows."
             )
         steps = max(1, round(training.epochs * self.per_epoch))
         steps = min(steps, training.max_steps or steps)
@@ -166,7 +167,10 @@ class GrpoTrainer(AdapterTrainer):
 
     def _invalid(self, queries: Sequence[str], written: Sequence[Continuation]) -> list[bool]:
         texts = (self.prompts.decode(row.ids) for row in written)
-        return [not text.strip() or score(query, text).percentage == 0 for query, text in zip(queries, texts, strict=True)]
+        return [
+            not text.strip() or score(query, text).percentage == 0
+            for query, text in zip(queries, texts, strict=True)
+        ]
 
     def _batches(
         self, queries: Sequence[str], written: Sequence[Continuation], advantages: np.ndarray
@@ -225,14 +229,15 @@ class GrpoTrainer(AdapterTrainer):
         lines = lines if policy.patience > 1 else []
         if silent == 1 and len(lines) == policy.patience - 1 and all(share == 1 for share in lines):
             raise UserError(
-                f"step {step}: for {policy.patience} steps no group's rewards differed, so nothing can be learned. Raise "
-                "generation.temperature or grpo.num_generations, choose another reward, or train the SFT model longer."
+                f"step {step}: for {policy.patience} steps no group's rewards differed, so nothing can be "
+                "learned. Raise generation.temperature or grpo.num_generations, choose another reward, or "
+                "train the SFT model longer."
             )
         if kl > policy.max_kl:
             raise UserError(
-                f"step {step}: the KL to the SFT model is {kl:.3g}, above grpo.max_kl ({policy.max_kl}): the model "
-                "runs away. Lower training.learning_rate or raise grpo.beta, then start over with --fresh; best/ "
-                "holds the best adapter so far."
+                f"step {step}: the KL to the SFT model is {kl:.3g}, above grpo.max_kl ({policy.max_kl}): "
+                "the model runs away. Lower training.learning_rate or raise grpo.beta, then start over "
+                "with --fresh; best/ holds the best adapter so far."
             )
 
 
@@ -270,7 +275,9 @@ def token_weights(counts: Sequence[int], policy: PolicyConfig, batch_size: int) 
 
 
 def log_probs(model: Any, ids: mx.array, temperature: float) -> tuple[mx.array, mx.array]:
-    """Of each token but the first of ids [N, S], its log-probability and the entropy it was drawn with, [N, S - 1]."""
+    """Of each token but the first of ids [N, S], its log-probability and the entropy it was drawn with,
+    [N, S - 1].
+    """
     logits = model(ids[:, :-1]).astype(mx.float32) / temperature  # [N, S - 1, V]
     norm = mx.logsumexp(logits, axis=-1)  # [N, S - 1]
     chosen = mx.take_along_axis(logits, ids[:, 1:, None], axis=-1)[..., 0]
@@ -283,8 +290,9 @@ def policy_loss(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """The clipped loss, weighed, with beta times the k3 KL; the summed KL; tokens whose clip acts.
 
-    All log-probabilities [N, S - 1]. Per token: -min(ratio A, clip(ratio) A) + beta (e^d - d - 1), d = reference -
-    new. With importance_sampling_level `sequence` the ratio is e^(mean over the completion of new - old).
+    All log-probabilities [N, S - 1]. Per token: -min(ratio A, clip(ratio) A) + beta (e^d - d - 1) with
+    d = reference - new. With importance_sampling_level `sequence` the ratio is e^(mean over the completion
+    of new - old).
     """
     difference = (new - old) * batch.mask
     if policy.importance_sampling_level == "sequence":
@@ -338,7 +346,10 @@ def make_gradient(
 
 
 def _padded(
-    rows: Sequence[tuple[list[int], list[int]]], counts: Sequence[int], weights: np.ndarray, advantages: np.ndarray
+    rows: Sequence[tuple[list[int], list[int]]],
+    counts: Sequence[int],
+    weights: np.ndarray,
+    advantages: np.ndarray,
 ) -> Completions:
     longest = max(len(prompt) + len(ids) for prompt, ids in rows)
     length = 1 + PADDED_TO * math.ceil((longest - 1) / PADDED_TO)

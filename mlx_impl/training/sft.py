@@ -1,6 +1,7 @@
 """Supervised fine-tuning of a query expander: LoRA on golden rows, loss on the completion's tokens.
 
-Batches follow from the seed and the step alone. Source: tobi/qmd, finetune/train.py. No twin yet: JAX has no Qwen3.
+Batches follow from the seed and the step alone. Source: tobi/qmd, finetune/train.py. No twin yet: JAX has no
+Qwen3.
 """
 
 from __future__ import annotations
@@ -91,7 +92,9 @@ class SftTrainer(AdapterTrainer):
         """The batches of a step, numbered from 1."""
         training = self.settings.training
         epoch, place = divmod(step - 1, self.per_epoch)
-        order = batch_order(self._lengths(epoch), training.batch_size, training.seed, epoch, training.length_buckets)
+        order = batch_order(
+            self._lengths(epoch), training.batch_size, training.seed, epoch, training.length_buckets
+        )
         each = training.gradient_accumulation_steps
         return [self._batch(rows, epoch) for rows in order[place * each : (place + 1) * each]]
 
@@ -149,19 +152,17 @@ class SftTrainer(AdapterTrainer):
         ]
         if long:
             raise UserError(
-                f"{len(long)} of {len(self.rows)} rows are longer than training.max_length ({limit} tokens):\n"
-                f"{listed(long, 5)}\nRaise it, or shorten them (dataset.trim_hyde: true)."
+                f"{len(long)} of {len(self.rows)} rows are longer than training.max_length ({limit} "
+                f"tokens):\n{listed(long, 5)}\nRaise it, or shorten them (dataset.trim_hyde: true)."
             )
         if not self.rows or not self.held_out:
             raise UserError(
-                f"the data has {len(self.rows)} training and {len(self.held_out)} validation rows; both need one. "
-                "Name a dataset.eval_split, or give more rows."
+                f"the data has {len(self.rows)} training and {len(self.held_out)} validation rows; both "
+                "need one. Name a dataset.eval_split, or give more rows."
             )
 
 
-def batch_order(
-    lengths: Sequence[int], size: int, seed: int, epoch: int, buckets: bool
-) -> list[list[int]]:
+def batch_order(lengths: Sequence[int], size: int, seed: int, epoch: int, buckets: bool) -> list[list[int]]:
     """The rows of each batch of an epoch: shuffled, and with `buckets` of like length within a batch.
 
     Every row stands in one batch; the last may be smaller.
@@ -187,7 +188,9 @@ def token_losses(model: Any, batch: TokenBatch) -> tuple[mx.array, mx.array]:
 
 
 def make_gradient(model: Any) -> Callable[[TokenBatch, mx.array], tuple[mx.array, Any]]:
-    """A compiled (batch, scale) -> scale times the summed loss, and its gradient; leaves the model as it is."""
+    """A compiled (batch, scale) -> scale times the summed loss, and its gradient; leaves the model as it
+    is.
+    """
 
     def total(batch: TokenBatch, scale: mx.array) -> mx.array:
         losses, _ = token_losses(model, batch)
