@@ -62,8 +62,12 @@ class Grammar:
             raise ValueError(f"token {token} is not allowed in state {state!r}")
         return after
 
+    def bytes_of(self, token: int) -> bytes:
+        """What a token writes; nothing for control tokens and padding."""
+        return self._bytes[token] if token < len(self._bytes) else b""
+
     def _after(self, state: State, token: int) -> State | None:
-        value = self._bytes[token] if token < len(self._bytes) else b""
+        value = self.bytes_of(token)
         return _walk(state, value) if value else None
 
 

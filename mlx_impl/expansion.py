@@ -60,16 +60,22 @@ class ExpansionOptions:
 def train_sft(config: SftConfig, options: ExpansionOptions, say: Say = print) -> Path:
     """Run `sft`, or go on with it; returns the run's folder. Raises UserError before anything is trained."""
     data = load_data(config, say)
-    base = None if config.model.base == TINY else resolve_base(config.model.base, say)
-    inputs = {"base": TINY if base is None else checkpoint_identity(base)}
-    with _folder(config, options, data, inputs) as folder:
-        if base is None:
+    if config.model.base == TINY:
+        with _folder(config, options, data, {"base": TINY}) as folder:
             base = tiny_base(folder.path / "base", data, config.training.seed)
-        name = "" if config.model.base == TINY else _hub_name(config.model.base)
-        loaded = load_base(Origin(base, name, _bits(config), config.model.torch_dtype))
-        prompts = expansion_prompts(config, loaded)
-        add_lora(loaded, config.lora, config.training.seed)
-        return _run(SftTrainer(config, loaded, prompts, data, say=say), folder, options)
+            return _run(_sft_trainer(config, base, data, say), folder, options)
+    base = resolve_base(config.model.base, say)
+    trainer = _sft_trainer(config, base, data, say)
+    with _folder(config, options, data, {"base": checkpoint_identity(base)}) as folder:
+        return _run(trainer, folder, options)
+
+
+def _sft_trainer(config: SftConfig, base: Path, data: ExpansionData, say: Say) -> SftTrainer:
+    name = "" if config.model.base == TINY else _hub_name(config.model.base)
+    loaded = load_base(Origin(base, name, _bits(config), config.model.torch_dtype))
+    prompts = expansion_prompts(config, loaded)
+    add_lora(loaded, config.lora, config.training.seed)
+    return SftTrainer(config, loaded, prompts, data, say=say)
 
 
 def train_grpo(config: GrpoConfig, options: ExpansionOptions, say: Say = print) -> Path:
@@ -77,19 +83,17 @@ def train_grpo(config: GrpoConfig, options: ExpansionOptions, say: Say = print) 
     loaded = _start(config, say)
     data, retrieval = load_data(config, say), _retrieval(config, say)
     inputs = {"start": _identity(loaded.origin)}
+    prompts = expansion_prompts(config, loaded)
+    add_lora(loaded, config.lora, config.training.seed)
+    queries = [row.query for row in data.train]
+    held_out = [row.query for row in data.val]
+    if retrieval is not None:
+        asked = sorted(retrieval.queries, key=lambda query: hashlib.sha256(query.encode()).digest())
+        cut = max(1, len(asked) // 10)
+        queries, held_out = asked[cut:], asked[:cut]
+    queries, rewards = queries[: config.dataset.max_samples], _rewards(config, retrieval)
+    trainer = GrpoTrainer(config, loaded, prompts, queries, held_out, rewards, data_name=data.name, say=say)
     with _folder(config, options, data, inputs) as folder:
-        prompts = expansion_prompts(config, loaded)
-        add_lora(loaded, config.lora, config.training.seed)
-        queries = [row.query for row in data.train][: config.dataset.max_samples]
-        held_out = [row.query for row in data.val]
-        if retrieval is not None:
-            asked = sorted(retrieval.queries, key=lambda query: hashlib.sha256(query.encode()).digest())
-            cut = max(1, len(asked) // 10)
-            queries, held_out = asked[cut:][: config.dataset.max_samples], asked[:cut]
-        rewards = _rewards(config, retrieval)
-        trainer = GrpoTrainer(
-            config, loaded, prompts, queries, held_out, rewards, data_name=data.name, say=say
-        )
         return _run(trainer, folder, options)
 
 

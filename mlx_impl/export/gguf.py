@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,8 @@ def write_gguf(directory: Path, file: Path, kind: str, *, name: str, metadata: M
 
     config = _checked_config(directory)
     tokens = read_vocabulary(directory, config["vocab_size"])
-    partial = file.with_name(f".{file.name}.tmp-{os.getpid()}")
-    writer = gguf.GGUFWriter(partial, "qwen3")
+    unfinished = file.with_name(f".{file.name}.tmp-{os.getpid()}")
+    writer = gguf.GGUFWriter(unfinished, "qwen3")
     try:
         _describe(writer, config, name, kind, metadata)
         _add_tokenizer(writer, tokens)
@@ -85,13 +86,13 @@ def write_gguf(directory: Path, file: Path, kind: str, *, name: str, metadata: M
         for key, value in _tensors(directory, kinds):
             writer.write_tensor_data(_encoded(value, kinds[key]))
         writer.close()
-        _sync(partial)
-        partial.replace(file)
+        _sync(unfinished)
+        unfinished.replace(file)
     except OSError as error:
         raise _cannot_write(file, error) from error
     finally:
         writer.close()
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def verify_gguf(file: Path, directory: Path, kind: str) -> dict[str, float]:
@@ -198,19 +199,20 @@ def quantize_gguf(source: Path, target: Path, kind: str, *, say: Callable[[str],
 
     UserError lists what was looked for when none is there.
     """
-    partial = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    unfinished = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    looked: list[str] = []
     try:
-        for name, quantize in _quantizers(looked := []):
+        for name, quantize in _quantizers(looked):
             say(f"{kind} by {name}")
-            quantize(source, partial, kind)
-            if not partial.exists():
+            quantize(source, unfinished, kind)
+            if not unfinished.exists():
                 raise UserError(f"{name}: made no {target.name} from {source}; see what it printed.")
-            partial.replace(target)
+            unfinished.replace(target)
             return
     except OSError as error:
         raise _cannot_write(target, error) from error
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     raise UserError(
         f"{kind} needs an installed llama.cpp, and none was found. Looked for:\n{listed(looked)}\n"
         "Install one (`brew install llama.cpp`, `npm install node-llama-cpp` in this folder, or "
@@ -361,10 +363,10 @@ def _quantizers(looked: list[str]) -> Iterator[tuple[str, Quantizer]]:
     """What can make K-quants here, best first; notes in `looked` what was not there."""
     program = shutil.which("llama-quantize")
     if program:
-        yield program, lambda source, target, kind: _run_quantize(program, source, target, kind)
+        yield program, partial(_run_quantize, program)
     looked.append("llama-quantize on the PATH")
     for library in _libraries(looked):
-        yield str(library), lambda source, target, kind, at=library: _call_quantize(at, source, target, kind)
+        yield str(library), partial(_call_quantize, library)
 
 
 def _run_quantize(program: str, source: Path, target: Path, kind: str) -> None:

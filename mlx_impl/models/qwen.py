@@ -299,7 +299,8 @@ def _wrapped(linear: Any, lora: LoraConfig) -> LoRALinear:
         return LoRALinear.from_base(linear, r=lora.rank, dropout=lora.dropout, scale=scale)
     inputs, outputs = linear.lora_a.shape[0], linear.lora_b.shape[1]
     above = LoRALinear(inputs, outputs, r=lora.rank, dropout=lora.dropout, scale=scale)
-    above.linear = linear  # frozen, and without dropout: load_adapter
+    below: Any = linear  # frozen, and without dropout: load_adapter
+    above.linear = below
     return above
 
 

@@ -215,9 +215,9 @@ class GrpoTrainer(AdapterTrainer):
                 (loss, kl, clipped), found = self._gradient(batch, old, reference)
                 gradients = found if gradients is None else tree_map(mx.add, gradients, found)
                 mx.eval(loss, kl, clipped, gradients)
-                sums += (loss.item(), kl.item(), clipped.item())
+                sums += (float(loss), float(kl), float(clipped))
             tokens = max(1, sum(int(batch.mask.sum()) for batch in batches))
-            norm = self.update(gradients).item()
+            norm = float(self.update(gradients))
             if iteration == 0:
                 logged = {"loss": sums[0], "kl": sums[1] / tokens, "gradient_norm": norm}
             logged["clipped"] = sums[2] / tokens
@@ -365,5 +365,5 @@ def _padded(
 
 
 def _mean(values: Sequence[mx.array], masks: Sequence[mx.array]) -> float:
-    total = sum((value * mask).sum().item() for value, mask in zip(values, masks, strict=True))
+    total = sum(float((value * mask).sum()) for value, mask in zip(values, masks, strict=True))
     return total / max(1, sum(int(mask.sum()) for mask in masks))

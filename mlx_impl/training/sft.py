@@ -76,9 +76,9 @@ class SftTrainer(AdapterTrainer):
             part, found = self._gradient(batch, mx.array(1.0 / max(1, tokens)))
             gradients = found if gradients is None else tree_map(mx.add, gradients, found)
             mx.eval(part, gradients)  # one batch's activations at a time
-            loss += part.item()
+            loss += float(part)
         rate = float(self.rate(step - 1))
-        norm = self.update(gradients).item()
+        norm = float(self.update(gradients))
         seconds = time.perf_counter() - began
         return {
             "loss": loss,
@@ -106,7 +106,7 @@ class SftTrainer(AdapterTrainer):
         order = sorted(range(len(rows)), key=lambda i: len(self._example(rows[i], i)[0]))
         for first in range(0, len(order), size):
             batch = _padded([self._example(rows[i], i) for i in order[first : first + size]], size)
-            found = [value.item() for value in self._loss(batch)]
+            found = [float(value) for value in self._loss(batch)]
             loss, correct, tokens = loss + found[0], correct + found[1], tokens + found[2]
         logged = {"loss": loss / max(1, tokens), "token_accuracy": correct / max(1, tokens)}
         return logged | self._scored() if self.settings.evaluation.queries else logged
