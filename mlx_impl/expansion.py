@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,14 +61,20 @@ class ExpansionOptions:
 def train_sft(config: SftConfig, options: ExpansionOptions, say: Say = print) -> Path:
     """Run `sft`, or go on with it; returns the run's folder. Raises UserError before anything is trained."""
     data = load_data(config, say)
+    if config.model.base == TINY and options.dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            base = tiny_base(Path(folder) / "base", data, config.training.seed)
+            return _dry(_sft_trainer(config, base, data, say))
     if config.model.base == TINY:
-        with _folder(config, options, data, {"base": TINY}) as folder:
-            base = tiny_base(folder.path / "base", data, config.training.seed)
-            return _run(_sft_trainer(config, base, data, say), folder, options)
+        with _folder(config, options, data, {"base": TINY}) as run:
+            base = tiny_base(run.path / "base", data, config.training.seed)
+            return _run(_sft_trainer(config, base, data, say), run)
     base = resolve_base(config.model.base, say)
     trainer = _sft_trainer(config, base, data, say)
-    with _folder(config, options, data, {"base": checkpoint_identity(base)}) as folder:
-        return _run(trainer, folder, options)
+    if options.dry_run:
+        return _dry(trainer)
+    with _folder(config, options, data, {"base": checkpoint_identity(base)}) as run:
+        return _run(trainer, run)
 
 
 def _sft_trainer(config: SftConfig, base: Path, data: ExpansionData, say: Say) -> SftTrainer:
@@ -93,8 +100,10 @@ def train_grpo(config: GrpoConfig, options: ExpansionOptions, say: Say = print) 
         queries, held_out = asked[cut:], asked[:cut]
     queries, rewards = queries[: config.dataset.max_samples], _rewards(config, retrieval)
     trainer = GrpoTrainer(config, loaded, prompts, queries, held_out, rewards, data_name=data.name, say=say)
-    with _folder(config, options, data, inputs) as folder:
-        return _run(trainer, folder, options)
+    if options.dry_run:
+        return _dry(trainer)
+    with _folder(config, options, data, inputs) as run:
+        return _run(trainer, run)
 
 
 def _start(config: GrpoConfig, say: Say) -> LanguageModel:
@@ -206,25 +215,33 @@ def _folder(
     )
 
 
-def _run(trainer: AdapterTrainer, folder: RunFolder, options: ExpansionOptions) -> Path:
+def _dry(trainer: AdapterTrainer) -> Path:
+    trainer.say(f"{_plan(trainer)}\ndry run: nothing was trained")
+    return Path(trainer.config.model.output)
+
+
+def _run(trainer: AdapterTrainer, folder: RunFolder) -> Path:
     say, config = trainer.say, trainer.config
-    layers = sum(path.endswith("lora_a") for path, _ in trainer.learned())
-    count = sum(value.size for _, value in trainer.learned())
-    say(
-        f"{trainer.steps} steps; {count:,} parameters learn in {layers} adapted layers (rank "
-        f"{config.lora.rank}){' and the embeddings' if config.lora.train_embeddings else ''}"
-    )
-    if options.dry_run:
-        say("dry run: nothing was trained")
-        return folder.path
+    say(_plan(trainer))
     summary = trainer.run(folder)
     folder.write_json("results.json", summary)
     say(
-        f"best {config.training.best} {summary['best']:.4f} at step {summary['best_step']}\nadapter: "
-        f"{folder.best}\nnext: python mlx_impl/eval.py {folder.path}\n      python mlx_impl/convert.py "
-        f"{folder.path}"
+        f"best {config.training.best} {summary['best']:.4f} at step {summary['best_step']}\n"
+        f"adapter: {folder.best}\n"
+        f"next: python mlx_impl/eval.py {folder.path}\n      python mlx_impl/convert.py {folder.path}"
     )
     return folder.path
+
+
+def _plan(trainer: AdapterTrainer) -> str:
+    """What a run will do, in a line."""
+    learned, lora = trainer.learned(), trainer.config.lora
+    layers = sum(name.endswith("lora_a") for name, _ in learned)
+    embeddings = " and the embeddings" if lora.train_embeddings else ""
+    return (
+        f"{trainer.steps} steps; {sum(value.size for _, value in learned):,} parameters learn: adapters of "
+        f"rank {lora.rank} on {layers} layers{embeddings}"
+    )
 
 
 def _bits(config: SftConfig | GrpoConfig) -> int:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 pytest.importorskip("mlx_lm", reason="needs MLX and mlx-lm: install the extra `mlx`")
 
@@ -17,6 +22,7 @@ import mlx.core as mx
 from mlx_lm.tuner.lora import LoRALinear
 
 from common.checkpoint import read_json, read_tensors
+from common.config import to_dict
 from common.errors import UserError
 from common.expansion_config import SftConfig
 from common.metrics.expansion import score_strict
@@ -25,10 +31,12 @@ from common.runs import read_metrics
 from mlx_impl import convert, eval
 from mlx_impl.expansion import ExpansionOptions, train_grpo, train_sft
 from mlx_impl.models.qwen import Origin, load_base, load_trained
+from mlx_impl.train import main
 from mlx_impl.training.grpo import GrpoTrainer
 from mlx_impl.training.sft import SftTrainer
 from tests.tiny_expansion import grpo_config, sft_config, write_expander, write_rows
 
+ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = ExpansionOptions()
 
 
@@ -251,7 +259,7 @@ def test_a_base_that_is_wrong_is_named(trained: Trained, tmp_path: Path) -> None
         train_sft(sft_on(trained.rows, wide, tmp_path), OPTIONS, silent)
     small = write_expander(tmp_path / "d", trained.rows, vocab_size=300)
     (small / "tokenizer.json").write_bytes((trained.base / "tokenizer.json").read_bytes())
-    with pytest.raises(UserError, match=r"the tokenizer has 384 tokens and the model a vocabulary of 300"):
+    with pytest.raises(UserError, match=r"the tokenizer has \d+ tokens and the model a vocabulary of 300"):
         train_sft(sft_on(trained.rows, small, tmp_path), OPTIONS, silent)
     assert not (tmp_path / "run").exists()
 
@@ -274,3 +282,54 @@ def test_rows_that_are_too_long_or_bad_stop_the_run(trained: Trained, tmp_path: 
     )
     with pytest.raises(UserError, match=r"rows\.jsonl:1.*'lexical'(?s:.*)rows\.jsonl:2.*not blank"):
         train_sft(sft_config(rows, trained.base, tmp_path / "run"), OPTIONS, silent)
+
+
+def yaml_of(config: Any, file: Path) -> Path:
+    """A config as the YAML that a user would write."""
+    file.write_text(yaml.safe_dump(json.loads(json.dumps(to_dict(config)))))
+    return file
+
+
+def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = yaml_of(sft_config(trained.rows, trained.base, tmp_path / "run"), tmp_path / "sft.yaml")
+    main(["sft", "--config", str(file), "--dry-run", "--training.epochs", "1"])
+    said = capsys.readouterr().out
+    assert "3 steps" in said and "on 7 layers and the embeddings" in said and "nothing was trained" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_tiny_base_is_made_by_the_command(tmp_path: Path, trained: Trained) -> None:
+    config = replace(SftConfig().tiny(), dataset=replace(SftConfig().dataset, name=str(trained.rows)))
+    config = replace(config, model=replace(config.model, output=str(tmp_path / "run")))
+    config = replace(config, training=replace(config.training, max_steps=1, eval_steps=9))
+    config = replace(config, evaluation=replace(config.evaluation, queries=1, max_tokens=2)).validate()
+    run = train_sft(config, OPTIONS, silent)
+    assert read_json(run / "base" / "config.json")["model_type"] == "qwen3"
+    assert (run / "best" / "adapters.safetensors").exists()
+    load_trained(str(run), say=silent)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["sft", "grpo"])
+def test_a_run_that_was_killed_goes_on_bit_for_bit(trained: Trained, tmp_path: Path, command: str) -> None:
+    """kill -9 after the first state; the same command then ends in the same adapters."""
+    output = tmp_path / command
+    configs = {
+        "sft": lambda: sft_config(trained.rows, trained.base, output),
+        "grpo": lambda: grpo_config(trained.rows, trained.sft, output),
+    }
+    file = yaml_of(configs[command](), tmp_path / "config.yaml")
+    words = [sys.executable, str(ROOT / "mlx_impl/train.py"), command, "--config", str(file)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not [p for p in output.glob("state/*") if p.name.isdigit()]:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (output / "results.json").exists(), "it was killed too late"
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "resumed at step" in done.stdout
+    assert_same(output, trained.sft if command == "sft" else trained.grpo)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,11 @@ def test_twenty_losses_are_those_of_mlx_lms_trainer(base: Path, trainer: SftTrai
             starts, ends = mask.argmax(axis=1), mask.shape[1] - mask[:, ::-1].argmax(axis=1)
             yield batch.ids, mx.array(np.stack([starts, ends - 1], axis=1))
 
-    class Losses(TrainingCallback):
-        found: list[float] = []
+    expected: list[float] = []
 
+    class Losses(TrainingCallback):
         def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
-            self.found.append(train_info["train_loss"])
+            expected.append(train_info["train_loss"])
 
     theirs = adapted(base).model
     arguments = peer.TrainingArgs(
@@ -86,7 +87,7 @@ def test_twenty_losses_are_those_of_mlx_lms_trainer(base: Path, trainer: SftTrai
         loss, found = gradient(batch, mx.array(1.0 / int(batch.mask.sum())))
         update(found)
         losses.append(float(loss))
-    np.testing.assert_allclose(losses, Losses.found, atol=1e-4)
+    np.testing.assert_allclose(losses, expected, atol=1e-4)
     assert losses[-1] < losses[0] - 0.3
 
 
@@ -113,8 +114,6 @@ def test_checkpointing_changes_memory_and_not_the_gradient(base: Path, trainer: 
     batch, scale = trainer.batches(1)[0], mx.array(0.01)
     plain = make_gradient(adapted(base).model)(batch, scale)
     config = sft_config(base.parent / "rows", base, base)
-    from dataclasses import replace
-
     config = replace(config, training=replace(config.training, grad_checkpoint=True))
     model = adapted(base).model
     with checkpointed(model, config):
