@@ -155,15 +155,16 @@ class ExpansionPrompts:
 
 def load_tokenizer(directory: str | Path) -> Any:
     """The tokenizer of a checkpoint directory, with its chat template. Raises UserError if there is none."""
+    expected = "Expected tokenizer.json and tokenizer_config.json of the base model."
+    if not (Path(directory) / "tokenizer_config.json").is_file():
+        raise UserError(f"{directory}: no tokenizer, tokenizer_config.json is missing. {expected}")
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{directory}: no tokenizer can be loaded ({str(error).splitlines()[0]}). Expected "
-            "tokenizer.json and tokenizer_config.json of the base model."
-        ) from error
+    except Exception as error:  # broken files raise whatever the parts of transformers and tokenizers raise
+        reason = f"{type(error).__name__}: {str(error).strip()[:200]}"
+        raise UserError(f"{directory}: the tokenizer cannot be loaded ({reason}). {expected}") from error
 
 
 def _special_texts(tokenizer: Any) -> re.Pattern[str]:

@@ -143,29 +143,28 @@ def score_strict(query: str, text: str) -> ExpansionScore:
 def useless_lines(query: str, text: str) -> Iterator[str]:
     """What is wrong with each line that cannot help a search for the query: one entry a line."""
     query = _ONLY.sub("", query.strip())
-    asked = _stems(query)
-    foreign = is_cjk(query)
     seen: set[str] = set()
     for kind, texts in split_lines(clean(text)[0]).items():
         for line in texts:
-            words = _words(line)
-            if not words:
-                fault = "is blank"
-            elif _echoes(line, query):
-                fault = "echoes the query"
-            elif line.lower() in seen:
-                fault = "repeats another line"
-            elif foreign and not re.search(f"[{_CJK}]", line):
-                fault = "is in another script"
-            elif not keeps_term(line, query):
-                fault = "has no word of the query: QMD drops it"
-            elif not any(_brings(word, asked) for word in words):
-                fault = "says nothing that the query does not"
-            else:
-                fault = ""
+            fault = "repeats another line" if line.lower() in seen else _useless(line, query)
             seen.add(line.lower())
             if fault:
                 yield f"{kind} line {line[:40]!r} {fault}"
+
+
+def _useless(line: str, query: str) -> str:
+    """Why a line cannot help a search for the query; empty if it can."""
+    words = _words(line)
+    if not words:
+        return "is blank"
+    if _echoes(line, query):
+        return "echoes the query"
+    if is_cjk(query) and not re.search(f"[{_CJK}]", line):
+        return "is in another script"
+    if not keeps_term(line, query):
+        return "has no word of the query: QMD drops it"
+    asked = _stems(query)
+    return "" if any(_brings(word, asked) for word in words) else "says nothing that the query does not"
 
 
 def keeps_term(line: str, query: str) -> bool:

@@ -23,7 +23,7 @@ from common.data.records import RankingData, Run, same_words
 from common.errors import UserError
 from common.metrics.expansion import clean, keeps_term, split_lines
 from common.metrics.ranking import evaluate_run
-from common.retrieval.dense import embed, passage_vectors
+from common.retrieval.dense import passage_vectors
 from common.retrieval.lexical import BM25
 
 # QMD's fusion: reciprocal ranks, the query's own lists count twice, a bonus for the best rank in any list
@@ -106,7 +106,7 @@ class ExpansionSearch:
         if self._vectors is None or self.encoder is None or not texts:
             self._lists |= {(kind, text): np.zeros(0, np.int64) for text in texts}
             return
-        scores = embed(texts, self.encoder, kind) @ self._vectors.T  # [texts, N]
+        scores = self.encoder.encode(texts, kind=kind) @ self._vectors.T  # [texts, N]
         for text, row in zip(texts, scores, strict=True):
             self._lists[kind, text] = _best(row, self.depth)
 

@@ -107,7 +107,11 @@ def test_a_template_that_cannot_be_used_is_refused(template: Any, special: Any, 
 def test_an_unknown_system_and_a_folder_without_a_tokenizer_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the system prompt is 'qmd'; allowed: none, consumer, mixed"):
         ExpansionPrompts(chat_tokenizer(), system="qmd")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="no tokenizer can be loaded"):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json is missing"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="the tokenizer cannot be loaded"):
         load_tokenizer(tmp_path)
 
 

@@ -23,6 +23,7 @@ from common.metrics.expansion import (
 )
 
 HYDE = "Put the public half of the SSH pair on the server; the private one stays at home."
+REPEATED = "hyde: The key opens the key store, and a key file holds the key of each of the hosts."
 GOOD = f"hyde: {HYDE}\nlex: ssh public key\nlex: login secure keys\nvec: how to log in with a pair of keys\n"
 
 # query, text, total, maximum: points counted by the published rules
@@ -41,6 +42,10 @@ CASES = [
     ("ssh keys", "lex: ssh public\nlex: ssh public key\nvec: make a key", 100, 120),
     # hyde of 4 characters: 5 + 2 + 5 + 5
     ("ssh keys", "hyde: keys\nlex: ssh public\nvec: how to make ssh keys", 127, 140),
+    # a vec echo -3, a short vec 2 instead of 5
+    ("ssh keys", "lex: ssh public\nvec: the ssh keys", 104, 120),
+    # a word four times in the hyde: 5 - 4 of its last part; "the" does not count
+    ("ssh keys", f"{REPEATED}\nlex: ssh public\nvec: how to make ssh keys", 126, 140),
     # a filler word that the query has not: -3; a quoted phrase: +3
     ("ssh keys", 'lex: ssh "public key" basics\nvec: how to make ssh keys for servers', 110, 120),
     # entity TDS: all lex hold it +15, vec too +5; motorsports in lex
@@ -127,6 +132,7 @@ def test_entities(query: str, found: set[str]) -> None:
 def test_januarys_form_differs_where_it_did() -> None:
     assert entities("TDS motorsports team plan", january=True) == {"tds", "motorsports", "team", "plan"}
     assert entities("Bob asked", january=True) == set()
+    assert entities("TDS meeting", january=True) == {"tds", "meeting"} != entities("TDS meeting")
     assert entities("JavaScript closures", january=True) == {"javascript", "closures"}
     dropped = "lex: TDS history\nvec: the history of TDS and more"  # motorsports is dropped: -20 today
     today, january = (f("who is TDS motorsports", dropped).total for f in (score, score_january))
