@@ -144,19 +144,28 @@ def write_checkpoint(
     On a full disk, or any other failure, the earlier directory stays as it was and the partial one is
     removed; the UserError names the path and the remedy. A directory that is no checkpoint is never replaced.
     """
+
+    def fill(folder: Path) -> None:
+        _save_tokenizer(tokenizer_save, folder)
+        _write(folder / CONFIG_FILE, to_json(config))
+        _write(folder / MODEL_FILE, _tensor_bytes(tensors))
+        if resonance is not None:
+            _write(folder / HEAD_FILE, _tensor_bytes(resonance))
+        _write(folder / TRAINING_FILE, to_json(training))
+        _write(folder / "README.md", card.encode())
+
+    write_directory(directory, fill)
+
+
+def write_directory(directory: str | Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write a checkpoint directory's files, TRAINING_FILE among them; as `write_checkpoint`."""
     directory = Path(os.path.abspath(directory))
     _refuse_foreign(directory)
     temporary = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")
     try:
         _clear_remains(directory)
         temporary.mkdir(parents=True)
-        _save_tokenizer(tokenizer_save, temporary)
-        _write(temporary / CONFIG_FILE, to_json(config))
-        _write(temporary / MODEL_FILE, _tensor_bytes(tensors))
-        if resonance is not None:
-            _write(temporary / HEAD_FILE, _tensor_bytes(resonance))
-        _write(temporary / TRAINING_FILE, to_json(training))
-        _write(temporary / "README.md", card.encode())
+        fill(temporary)
         for file in temporary.iterdir():
             _sync(file)
         _sync(temporary)

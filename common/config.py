@@ -37,6 +37,7 @@ HEAD_PROJECTORS: dict[str, tuple[str, ...]] = {
 }
 FIDELITY_BLOCKS = 8  # of block_fidelity
 Options = TypeVar("Options")
+Settings = TypeVar("Settings")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,8 +302,8 @@ class RerankerConfig:
 
     def validate(self) -> RerankerConfig:
         """Return self, or raise a UserError that lists every field out of range."""
-        if misfits := list(_misfits(self)):
-            raise UserError("setting of the wrong kind: " + "; ".join(misfits))
+        if wrong := list(misfits(self)):
+            raise UserError("setting of the wrong kind: " + "; ".join(wrong))
         q, d, t, e, r = self.quantum, self.data, self.train, self.evaluation, self.retrain
         width, head = self.model.complex_width, self.model.head
         projectors = HEAD_PROJECTORS[head]
@@ -444,13 +445,13 @@ class RunOptions:
     """Which of them this one is, from 0."""
 
 
-def _misfits(config: Any, prefix: str = "") -> Iterator[str]:
+def misfits(config: Any, prefix: str = "") -> Iterator[str]:
     """What is wrong with the types and choices of a config's fields: a recipe is code that nothing checks."""
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), prefix + field.name
         if dataclasses.is_dataclass(value):
-            yield from _misfits(value, name + ".")
+            yield from misfits(value, name + ".")
         elif not _fits(value, hints[field.name]):
             choices = [repr(choice) for hint in _alternatives(hints[field.name]) for choice in _choices(hint)]
             near = difflib.get_close_matches(repr(value), choices, n=1)
@@ -528,7 +529,7 @@ def _explained(file: Path) -> Iterator[None]:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         known = sorted(_field_names(RerankerConfig))
         ends = {name.rsplit(".", 1)[-1]: name for name in known}
-        near = _nearest(unknown[1], ends, 0.6) if unknown else None
+        near = nearest(unknown[1], ends, 0.6) if unknown else None
         hint = f"; did you mean {ends[near]}?" if near else ""
         raise UserError(
             f"{file}: the recipe cannot be read ({type(error).__name__}: {error}){hint}"
@@ -556,13 +557,23 @@ def parse_command(
 
     `--data X` is short for `--data.name X`. `options` is a dataclass of the command's own flags.
     """
+    argv = [_spelled_out(word) for word in (sys.argv[1:] if argv is None else argv)]
+    config_path, argv = take_flag(argv, "--config", "configs/quantum_resonance.py")
+    preset, argv = take_flag(argv, "--preset", None)
+    assert config_path is not None
+    settings, run = parse_settings(description, argv, load_recipe(config_path, preset), options)
+    return settings.validate(), run
+
+
+def parse_settings(
+    description: str | None, argv: Sequence[str], default: Settings, options: type[Options]
+) -> tuple[Settings, Options]:
+    """Read `--field.name value ...` over the settings of `default`, a dataclass, and a command's own flags.
+
+    UserError for an unknown flag names the nearest.
+    """
     import tyro
 
-    argv = [_spelled_out(word) for word in (sys.argv[1:] if argv is None else argv)]
-    config_path, argv = _take(argv, "--config", "configs/quantum_resonance.py")
-    preset, argv = _take(argv, "--preset", None)
-    assert config_path is not None
-    default = load_recipe(config_path, preset)
     command = dataclasses.make_dataclass(
         "Command",
         [
@@ -578,14 +589,14 @@ def parse_command(
     known = _field_names(type(default)) | _field_names(options)
     _refuse_unknown(argv, known)
     parsed: Any = tyro.cli(command, args=argv, description=description)
-    return parsed.settings.validate(), parsed.run
+    return parsed.settings, parsed.run
 
 
 def _spelled_out(word: str) -> str:
     return word.replace("--data", "--data.name", 1) if word.partition("=")[0] == "--data" else word
 
 
-def _take(argv: list[str], flag: str, default: str | None) -> tuple[str | None, list[str]]:
+def take_flag(argv: list[str], flag: str, default: str | None) -> tuple[str | None, list[str]]:
     """Remove `flag value` or `flag=value` from argv; the last one wins."""
     rest, value, index = [], default, 0
     while index < len(argv):
@@ -613,7 +624,7 @@ def _field_names(kind: type, prefix: str = "") -> set[str]:
     return names
 
 
-def _nearest(name: str, known: Iterable[str], cutoff: float) -> str | None:
+def nearest(name: str, known: Iterable[str], cutoff: float) -> str | None:
     """The setting that is meant: of the same last word or its initials (`lr`), else the nearest spelling."""
     last = name.rpartition(".")[2]
     ends = {key: key.rpartition(".")[2].split("_") for key in sorted(known)}
@@ -630,7 +641,7 @@ def _refuse_unknown(argv: Sequence[str], known: set[str]) -> None:
         plain = name.replace(".no_", ".").removeprefix("no_")
         if name in known or plain in known:
             continue
-        near = _nearest(name, known, 0.4)
+        near = nearest(name, known, 0.4)
         hint = f"; did you mean --{near.replace('_', '-')}?" if near else ""
         raise UserError(f"unknown setting {word.split('=', 1)[0]}{hint} (--help lists all)")
 

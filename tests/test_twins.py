@@ -17,7 +17,18 @@ ROOT = Path(__file__).resolve().parents[1]
 JAX_ONLY_FILES = {"training/parallel.py"}  # devices of a host and of others; MLX: training/distributed.py
 MLX_ONLY_FILES = {
     "models/layers.py",  # what flax.nnx brings: seeded layers with a computation dtype
-    "train.py",  # the command of the Mac user
+    "train.py",  # the commands of the Mac user
+    "eval.py",
+    "convert.py",
+    # SFT and GRPO of Qwen3, on mlx-lm's: JAX has no language model yet
+    "expansion.py",
+    "export/__init__.py",
+    "export/gguf.py",
+    "models/qwen.py",
+    "training/adapters.py",
+    "training/generation.py",
+    "training/grpo.py",
+    "training/sft.py",
     "training/distributed.py",  # processes, where JAX has meshes
 }
 # JAX's name -> MLX's, where the frameworks have words of their own.
@@ -48,6 +59,8 @@ MLX_ONLY = {
     "models/bert.py: MASKED",  # JAX adds the least float32, which a fused kernel may turn into NaN
     "models/dropout.py: fold_in",  # jax.random has it
     "training/optimizer.py: global_norm",  # optax has it
+    "training/state.py: StateFolder.__init__(kept)",  # model.save_total_limit of the query expansion
+    "training/state.py: StateFolder.kept",
     "training/step.py: TrainState.model",  # as above
     "training/step.py: TrainState.arrays",
     "training/step.py: make_step(state)",

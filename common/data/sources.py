@@ -50,7 +50,7 @@ def load_ranking_data(
     cache_dir: str | Path | None = None,
     labels: bool = True,
 ) -> RankingData:
-    """Ranking data named "pydocs", at a path (.jsonl or .json triples, BEIR or TREC folder), or on the hub.
+    """Ranking data named "pydocs" or "generated", at a path (triples, BEIR or TREC folder), or on the hub.
 
     Several of them, joined by `+`, are combined (common.data.combined); `@N` behind one keeps at most N of
     its training queries: "pydocs + $DATA/conala + $DATA/scifact@500". Environment variables are filled in.
@@ -80,6 +80,10 @@ def load_ranking_data(
         from common.data.pydocs import build_pydocs
 
         return build_pydocs()
+    if name == "generated":
+        from common.data.generated import generated_collection
+
+        return cut_splits(generated_collection(), dev_fraction, test_fraction, seed).validate()
     if path.is_dir():
         bad = BadRows(on_bad_row)
         hub = _is_hub_folder(path)
@@ -89,8 +93,9 @@ def load_ranking_data(
         data = triples_data(path.name.split(".")[0], {"train": triples}, dropped)
     elif "/" not in name or path.suffix in (".jsonl", ".json", ".gz") or name.startswith((".", "/", "~")):
         raise UserError(
-            f"data {name!r}: no file or folder {path.absolute()}, and the only built-in set is 'pydocs'. Hub "
-            "datasets are written owner/name. Check the spelling, or give a .jsonl file or a BEIR folder."
+            f"data {name!r}: no file or folder {path.absolute()}, and the built-in sets are 'pydocs' and "
+            "'generated'. Hub datasets are written owner/name. Check the spelling, or give a .jsonl file or "
+            "a BEIR folder."
         )
     else:
         data = _load_hub(name, BadRows(on_bad_row), cache_dir)

@@ -38,6 +38,18 @@ class BM25:
             return np.zeros(self._size, np.float32)
         return np.asarray(self._index.get_scores(known), np.float32)
 
+    def words(self, text: str) -> list[str]:
+        """The words of a text as the index has them: no stopwords, stems."""
+        return list(self._tokenize([text])[0])
+
+    def weighted(self, words: Mapping[str, float]) -> NDArray[np.float32]:
+        """BM25 score of every passage, [N], for words of the index with a weight each."""
+        scores = np.zeros(self._size, np.float32)
+        for word, weight in words.items():
+            if not self._empty and word in self._index.vocab_dict:
+                scores += np.float32(weight) * np.asarray(self._index.get_scores([word]), np.float32)
+        return scores
+
     def _tokenize(self, texts: Sequence[str]) -> Any:
         import bm25s
 

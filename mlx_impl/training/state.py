@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -17,7 +17,6 @@ from mlx.utils import tree_flatten
 
 from common.checkpoint import check_keys, read_json, read_tensors, to_json, write_file
 from common.errors import UserError
-from mlx_impl.training.step import TrainState
 
 KEPT = 2
 _PARTS = ("model.safetensors", "optimizer.safetensors")  # in the order of TrainState.arrays
@@ -25,11 +24,23 @@ _NOTES_FILE = "notes.json"
 _PARTIAL = ".partial-"
 
 
+class _State(Protocol):
+    """What is saved: TrainState of a reranker, AdapterState of a language model."""
+
+    @property
+    def step(self) -> Any: ...
+
+    def arrays(self) -> list[Any]: ...
+
+
+_Kind = TypeVar("_Kind", bound=_State)
+
+
 class StateFolder:
     """The `state/` folder of a run."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory.absolute()
+    def __init__(self, directory: Path, kept: int = KEPT) -> None:
+        self.directory, self.kept = directory.absolute(), kept
         for remains in self.directory.glob(f"{_PARTIAL}*"):
             shutil.rmtree(remains)
 
@@ -37,7 +48,7 @@ class StateFolder:
         """The last whole step, None in a new run."""
         return max(self._steps(), default=None)
 
-    def save(self, state: TrainState, notes: dict[str, Any]) -> None:
+    def save(self, state: _State, notes: dict[str, Any]) -> None:
         """Write the state of its step; a broken write leaves the earlier ones whole (UserError)."""
         step = int(state.step)
         if step == self.latest():
@@ -51,7 +62,7 @@ class StateFolder:
             _sync(partial)
             partial.rename(self.directory / str(step))  # a reader sees a whole state or none
             _sync(self.directory)
-            for old in sorted(self._steps())[:-KEPT]:
+            for old in sorted(self._steps())[: -self.kept]:
                 shutil.rmtree(self.directory / str(old))
         except OSError as error:
             raise UserError(
@@ -61,7 +72,7 @@ class StateFolder:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def load(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def load(self, like: _Kind) -> tuple[_Kind, dict[str, Any]]:
         """The latest state, put into `like`, and its notes. UserError when it does not fit `like`."""
         step = self.latest()
         assert step is not None

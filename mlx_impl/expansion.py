@@ -1,0 +1,252 @@
+"""The query expansion's training, from settings to a finished run: data, base, adapter, loop.
+
+What mlx_impl/train.py's commands `sft` and `grpo` do. No twin yet: JAX has no Qwen3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.backends import checkpoint_identity, load_encoder
+from common.checkpoint import CONFIG_FILE
+from common.config import to_dict
+from common.data.expansion import (
+    ExpansionData,
+    ExpansionRow,
+    load_expansions,
+    read_queries,
+    render_lines,
+)
+from common.data.sources import load_ranking_data
+from common.errors import UserError
+from common.expansion_config import TINY, GrpoConfig, SftConfig
+from common.metrics.expansion import score, score_strict
+from common.prompts import ExpansionPrompts, load_tokenizer
+from common.retrieval.expansion import RetrievalGain
+from common.runs import RunFolder
+from common.tiny_qwen import write_tiny_qwen
+from mlx_impl.models.qwen import (
+    LanguageModel,
+    Origin,
+    add_lora,
+    check_vocabulary,
+    find_adapter,
+    load_base,
+    load_trained,
+    resolve_base,
+)
+from mlx_impl.scoring import accelerator
+from mlx_impl.training.adapters import AdapterTrainer
+from mlx_impl.training.grpo import GrpoTrainer, Reward
+from mlx_impl.training.sft import SftTrainer
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExpansionOptions:
+    """A training command's own flags."""
+
+    fresh: bool = False
+    """Start over: delete the run's folder instead of resuming it."""
+    dry_run: bool = False
+    """Say what would be trained, load everything, and stop before the first step."""
+
+
+def train_sft(config: SftConfig, options: ExpansionOptions, say: Say = print) -> Path:
+    """Run `sft`, or go on with it; returns the run's folder. Raises UserError before anything is trained."""
+    data = load_data(config, say)
+    if config.model.base == TINY and options.dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            base = tiny_base(Path(folder) / "base", data, config.training.seed)
+            return _dry(_sft_trainer(config, base, data, say))
+    if config.model.base == TINY:
+        with _folder(config, options, data, {"base": TINY}) as run:
+            base = tiny_base(run.path / "base", data, config.training.seed)
+            return _run(_sft_trainer(config, base, data, say), run)
+    base = resolve_base(config.model.base, say)
+    trainer = _sft_trainer(config, base, data, say)
+    if options.dry_run:
+        return _dry(trainer)
+    with _folder(config, options, data, {"base": checkpoint_identity(base)}) as run:
+        return _run(trainer, run)
+
+
+def _sft_trainer(config: SftConfig, base: Path, data: ExpansionData, say: Say) -> SftTrainer:
+    name = "" if config.model.base == TINY else _hub_name(config.model.base)
+    loaded = load_base(Origin(base, name, _bits(config), config.model.torch_dtype))
+    prompts = expansion_prompts(config, loaded)
+    add_lora(loaded, config.lora, config.training.seed)
+    return SftTrainer(config, loaded, prompts, data, say=say)
+
+
+def train_grpo(config: GrpoConfig, options: ExpansionOptions, say: Say = print) -> Path:
+    """Run `grpo`, or go on with it; returns the run's folder. Raises UserError before anything is trained."""
+    loaded = _start(config, say)
+    data, retrieval = load_data(config, say), _retrieval(config, say)
+    inputs = {"start": _identity(loaded.origin)}
+    prompts = expansion_prompts(config, loaded)
+    add_lora(loaded, config.lora, config.training.seed)
+    queries = [row.query for row in data.train]
+    held_out = [row.query for row in data.val]
+    if retrieval is not None:
+        asked = sorted(retrieval.queries, key=lambda query: hashlib.sha256(query.encode()).digest())
+        cut = max(1, len(asked) // 10)
+        queries, held_out = asked[cut:], asked[:cut]
+    queries, rewards = queries[: config.dataset.max_samples], _rewards(config, retrieval)
+    trainer = GrpoTrainer(config, loaded, prompts, queries, held_out, rewards, data_name=data.name, say=say)
+    if options.dry_run:
+        return _dry(trainer)
+    with _folder(config, options, data, inputs) as run:
+        return _run(trainer, run)
+
+
+def _start(config: GrpoConfig, say: Say) -> LanguageModel:
+    """The model that GRPO begins at: base and SFT adapter, or the base alone."""
+    model = config.model
+    if model.sft == "none":
+        origin = Origin(
+            resolve_base(model.base, say), _hub_name(model.base), _bits(config), model.torch_dtype
+        )
+        return load_base(origin)
+    adapter = find_adapter(Path(model.sft))
+    if adapter is None and not (Path(model.sft) / CONFIG_FILE).exists():
+        raise UserError(
+            f"model.sft {model.sft}: no adapter there. Train it first (python mlx_impl/train.py sft), name "
+            "its run, or start from a base alone: --model.sft none --base NAME."
+        )
+    loaded = load_trained(model.sft, model.base or None, say)
+    if _bits(config) and loaded.origin.bits != _bits(config):
+        raise UserError(
+            f"model.load_in_{_bits(config)}bit: the SFT model was trained on a base with "
+            f"{loaded.origin.bits or 'no'} bits of quantisation; GRPO keeps what it had. Leave the key out."
+        )
+    return loaded
+
+
+def _identity(origin: Origin) -> str:
+    return "-".join(checkpoint_identity(path) for path in (origin.base, *origin.below))
+
+
+def _retrieval(config: GrpoConfig, say: Say) -> RetrievalGain | None:
+    settings = config.reward
+    if not settings.retrieval:
+        return None
+    data = load_ranking_data(settings.retrieval_data)
+    name = settings.retrieval_encoder
+    encoder = None if name == "none" else load_encoder(name, "mlx", say=say)
+    return RetrievalGain(data, "train", encoder)
+
+
+def _rewards(config: GrpoConfig, retrieval: RetrievalGain | None) -> dict[str, tuple[float, Reward]]:
+    settings = config.reward
+    rewards: dict[str, tuple[float, Reward]] = {
+        "score": (settings.score, lambda pairs: [score(*pair).reward for pair in pairs]),
+        "strict": (settings.strict, lambda pairs: [score_strict(*pair).reward for pair in pairs]),
+    }
+    if retrieval is not None:
+        gains = retrieval.gains
+        rewards["retrieval"] = settings.retrieval, lambda pairs: [gain.reward for gain in gains(pairs)]
+    return {name: part for name, part in rewards.items() if part[0]}
+
+
+def load_data(config: SftConfig | GrpoConfig, say: Say) -> ExpansionData:
+    """The rows of a config; what was left out is said."""
+    dataset = config.dataset
+    held_out = [query.query for query in read_queries(dataset.held_out)] if dataset.held_out else []
+    data = load_expansions(
+        dataset.name,
+        held_out=held_out,
+        split=dataset.split,
+        eval_split=dataset.eval_split,
+        trim_hyde=dataset.trim_hyde,
+        on_bad_row=dataset.on_bad_row,
+    )
+    say(data.summary())
+    return data
+
+
+def expansion_prompts(config: SftConfig | GrpoConfig, loaded: LanguageModel) -> ExpansionPrompts:
+    """The prompts of the base's tokenizer. UserError where it does not fit the model or has no template."""
+    settings, tokenizer = config.prompt, load_tokenizer(loaded.origin.base)
+    check_vocabulary(loaded, tokenizer)
+    return ExpansionPrompts(
+        tokenizer,
+        system=settings.system,
+        final_newline=settings.final_newline,
+        no_think=settings.no_think,
+    )
+
+
+def tiny_base(directory: Path, data: ExpansionData, seed: int) -> Path:
+    """The tiny random base, made from the training rows; the one that is there is kept."""
+    if not directory.exists():
+        texts = [f"{row.query}\n{render_lines(row.lines)}" for row in data.train]
+        write_tiny_qwen(directory, texts, seed=seed)
+    return directory
+
+
+def data_fingerprint(data: ExpansionData) -> str:
+    """16 hex digits of the SHA-256 of all rows, in order."""
+
+    def flat(rows: tuple[ExpansionRow, ...]) -> str:
+        return repr([dataclasses.astuple(row) for row in rows])
+
+    return hashlib.sha256(f"{flat(data.train)}|{flat(data.val)}".encode()).hexdigest()[:16]
+
+
+def _folder(
+    config: SftConfig | GrpoConfig, options: ExpansionOptions, data: ExpansionData, inputs: dict[str, str]
+) -> RunFolder:
+    output = Path(config.model.output).expanduser()
+    return RunFolder.create(
+        output.parent,
+        output.name,
+        to_dict(config),
+        resume=not options.fresh,
+        data_fingerprint=data_fingerprint(data),
+        inputs={"command": type(config).__name__, **inputs},
+        device=accelerator(),
+    )
+
+
+def _dry(trainer: AdapterTrainer) -> Path:
+    trainer.say(f"{_plan(trainer)}\ndry run: nothing was trained")
+    return Path(trainer.config.model.output)
+
+
+def _run(trainer: AdapterTrainer, folder: RunFolder) -> Path:
+    say, config = trainer.say, trainer.config
+    say(_plan(trainer))
+    summary = trainer.run(folder)
+    folder.write_json("results.json", summary)
+    say(
+        f"best {config.training.best} {summary['best']:.4f} at step {summary['best_step']}\n"
+        f"adapter: {folder.best}\n"
+        f"next: python mlx_impl/eval.py {folder.path}\n      python mlx_impl/convert.py {folder.path}"
+    )
+    return folder.path
+
+
+def _plan(trainer: AdapterTrainer) -> str:
+    """What a run will do, in a line."""
+    learned, lora = trainer.learned(), trainer.config.lora
+    layers = sum(name.endswith("lora_a") for name, _ in learned)
+    embeddings = " and the embeddings" if lora.train_embeddings else ""
+    return (
+        f"{trainer.steps} steps; {sum(value.size for _, value in learned):,} parameters learn: adapters of "
+        f"rank {lora.rank} on {layers} layers{embeddings}"
+    )
+
+
+def _bits(config: SftConfig | GrpoConfig) -> int:
+    return 4 if config.model.load_in_4bit else 8 if config.model.load_in_8bit else 0
+
+
+def _hub_name(name: str) -> str:
+    return "" if Path(name).expanduser().exists() else name

@@ -1,0 +1,369 @@
+"""Group relative policy optimisation of a query expander: groups of completions, rewarded, against the SFT
+model.
+
+The reference is the model with the fresh adapter off, so the KL of step 0 is 0. Sources: Shao et al. 2024,
+arXiv:2402.03300 (GRPO); Liu et al. 2025, 2503.20783 (dr_grpo); Yu et al. 2025, 2503.14476 (dapo); Zheng et
+al. 2025, 2507.18071 (sequence ratio); tobi/qmd, finetune/experiments/grpo. No twin yet: JAX has no Qwen3.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from common.errors import UserError
+from common.expansion_config import GrpoConfig, PolicyConfig
+from common.metrics.expansion import score
+from common.prompts import ExpansionPrompts
+from common.qmd import Sampling
+from mlx_impl.models.qwen import LanguageModel, without_adapter
+from mlx_impl.training.adapters import AdapterTrainer, Logged
+from mlx_impl.training.generation import Continuation, generate, greedy
+
+PADDED_TO = 32
+LEAST_SPREAD = 1e-6  # a group whose rewards differ by less gives no signal
+Reward = Callable[[Sequence[tuple[str, str]]], Sequence[float]]  # (query, completion) pairs -> a number each
+
+
+class Completions(NamedTuple):
+    """N completions with their prompts as arrays, padded behind with 0."""
+
+    ids: mx.array  # [N, S]
+    mask: mx.array  # [N, S - 1]: whether token s + 1 is the completion's
+    advantages: mx.array  # [N]
+    weights: mx.array  # [N, S - 1]: what a token's loss counts in the step's
+
+
+class GrpoTrainer(AdapterTrainer):
+    """A GRPO run: `queries` are asked in a shuffled order, `held_out` ones are evaluated on.
+
+    `rewards` maps a name to (weight, function); their weighted sum is the reward. UserError when the rewards
+    of grpo.patience steps in a row never differ within a group, or the KL runs away.
+    """
+
+    evaluates_start = True
+
+    def __init__(
+        self,
+        config: GrpoConfig,
+        loaded: LanguageModel,
+        prompts: ExpansionPrompts,
+        queries: Sequence[str],
+        held_out: Sequence[str],
+        rewards: Mapping[str, tuple[float, Reward]],
+        *,
+        data_name: str,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.settings, self.prompts, self.rewards = config, prompts, rewards
+        self.queries, self.held_out = list(queries), list(held_out)
+        training, policy = config.training, config.grpo
+        self.asked = config.completions // policy.num_generations
+        self.per_epoch = max(1, len(self.queries) // self.asked)
+        if len(self.queries) < self.asked or not self.held_out:
+            raise UserError(
+                f"the data has {len(self.queries)} training and {len(self.held_out)} validation queries; a "
+                f"step asks {self.asked}, and an evaluation needs one. Give more rows."
+            )
+        steps = max(1, round(training.epochs * self.per_epoch))
+        steps = min(steps, training.max_steps or steps)
+        super().__init__(config, loaded, {"name": data_name}, steps, updates=policy.num_iterations, say=say)
+        temperature = config.generation.temperature
+        self._log_probs = make_log_probs(self.model, temperature)
+        self._reference = make_log_probs(self.model, temperature)  # traced with the adapter off
+        self._gradient = make_gradient(self.model, policy, temperature)
+
+    def train_step(self, step: int) -> Logged:
+        """Ask, reward, and update grpo.num_iterations times."""
+        began = time.perf_counter()
+        queries = self.ask(step)
+        written = self.write(queries, step)
+        parts = self.reward(queries, written)
+        total = np.sum([self.rewards[name][0] * values for name, values in parts.items()], axis=0)
+        generated = time.perf_counter() - began
+        advantages, silent = group_advantages(total, self.settings.grpo)
+        batches = self._batches(queries, written, advantages)
+        seed = self.settings.training.seed * 1_000_003 + step
+        before = [self._score(batch, seed) for batch in batches]
+        logged = self._update(batches, before, seed)
+        self._guard(step, silent, logged["kl"])
+        tokens = sum(len(row.ids) for row in written)
+        return {
+            "reward": float(total.mean()),
+            "reward_std": float(total.std()),
+            **{f"reward_{name}": float(values.mean()) for name, values in parts.items()},
+            **logged,
+            "entropy": _mean([entropy for _, _, entropy in before], [batch.mask for batch in batches]),
+            "no_signal": silent,
+            "truncated": float(np.mean([not row.ended for row in written])),
+            "invalid": float(np.mean(self._invalid(queries, written))),
+            "length": tokens / len(written),
+            "learning_rate": float(self.rate((step - 1) * self.settings.grpo.num_iterations)),
+            "tokens_per_second": tokens / generated,
+            "completions_per_second": len(written) / (time.perf_counter() - began),
+        }
+
+    def ask(self, step: int) -> list[str]:
+        """The queries of a step, numbered from 1, each as often as it is answered."""
+        epoch, place = divmod(step - 1, self.per_epoch)
+        order = np.random.default_rng((self.settings.training.seed, epoch)).permutation(len(self.queries))
+        chosen = order[place * self.asked : (place + 1) * self.asked]
+        return [self.queries[i] for i in chosen for _ in range(self.settings.grpo.num_generations)]
+
+    def write(self, queries: Sequence[str], step: int) -> list[Continuation]:
+        """A completion of each; `queries` holds each one num_generations times in a row."""
+        policy, sampling = self.settings.grpo, self.settings.generation
+        self.model.eval()
+        written = generate(
+            self.model,
+            [self._prompt(query) for query in queries[:: policy.num_generations]],
+            end=self.prompts.end_id,
+            copies=policy.num_generations,
+            sampling=Sampling(
+                sampling.temperature,
+                sampling.top_k,
+                sampling.top_p,
+                presence_penalty=0.0,
+                max_tokens=policy.max_completion_length,
+            ),
+            seed=self.settings.training.seed * 1_000_003 + step,
+            batch_size=self.settings.completions,
+        )
+        self.model.train()
+        return written
+
+    def reward(self, queries: Sequence[str], written: Sequence[Continuation]) -> dict[str, np.ndarray]:
+        """Each part of the reward, [N], by name."""
+        pairs = [(query, self.prompts.decode(row.ids)) for query, row in zip(queries, written, strict=True)]
+        return {name: np.asarray(function(pairs), float) for name, (_, function) in self.rewards.items()}
+
+    def evaluate(self) -> Logged:
+        """Mean reward of greedy expansions of held-out queries, as `score`, and its parts."""
+        settings = self.settings.evaluation
+        queries = self.held_out[: settings.queries]
+        written = generate(
+            self.model,
+            [self._prompt(query) for query in queries],
+            end=self.prompts.end_id,
+            sampling=greedy(settings.max_tokens),
+            batch_size=settings.batch_size,
+        )
+        parts = self.reward(queries, written)
+        total = np.sum([self.rewards[name][0] * values for name, values in parts.items()], axis=0)
+        logged = {"score": float(total.mean()), "ended": float(np.mean([row.ended for row in written]))}
+        return logged | {f"reward_{name}": float(values.mean()) for name, values in parts.items()}
+
+    def _prompt(self, query: str) -> list[int]:
+        """As QMD asks: GRPO's completions are those that it would get."""
+        return self.prompts.prompt(query, consumer=self.settings.prompt.system != "none")
+
+    def _invalid(self, queries: Sequence[str], written: Sequence[Continuation]) -> list[bool]:
+        texts = (self.prompts.decode(row.ids) for row in written)
+        return [
+            not text.strip() or score(query, text).percentage == 0
+            for query, text in zip(queries, texts, strict=True)
+        ]
+
+    def _batches(
+        self, queries: Sequence[str], written: Sequence[Continuation], advantages: np.ndarray
+    ) -> list[Completions]:
+        """Forward passes of training.batch_size rows; the weights of all of them make one loss."""
+        policy, size = self.settings.grpo, self.settings.training.batch_size
+        end = [self.prompts.end_id]
+        rows = [
+            (self._prompt(query), [*row.ids, *(end if row.ended else [])])
+            for query, row in zip(queries, written, strict=True)
+        ]
+        counts = [
+            0 if policy.mask_truncated_completions and not row.ended else len(ids)
+            for row, (_, ids) in zip(written, rows, strict=True)
+        ]
+        weights = token_weights(counts, policy, size)
+        parts = [slice(first, first + size) for first in range(0, len(rows), size)]
+        return [_padded(rows[part], counts[part], weights[part], advantages[part]) for part in parts]
+
+    def _score(self, batch: Completions, seed: int) -> tuple[mx.array, mx.array, mx.array]:
+        """Log-probabilities before the update and of the reference, and entropies, each [N, S - 1].
+
+        Dropout's mask is that of the first update: the ratio measures the update alone.
+        """
+        mx.random.seed(seed)
+        old, entropy = self._log_probs(batch.ids)
+        mx.eval(old, entropy)
+        with without_adapter(self.model):
+            reference, _ = self._reference(batch.ids)
+            mx.eval(reference)
+        return old, reference, entropy
+
+    def _update(
+        self, batches: Sequence[Completions], before: Sequence[tuple[mx.array, mx.array, mx.array]], seed: int
+    ) -> Logged:
+        """The updates of one step; what is logged is of the first but for `clipped`, of the last."""
+        logged: Logged = {}
+        for iteration in range(self.settings.grpo.num_iterations):
+            sums, gradients = np.zeros(3), None
+            for batch, (old, reference, _) in zip(batches, before, strict=True):
+                mx.random.seed(seed)
+                (loss, kl, clipped), found = self._gradient(batch, old, reference)
+                gradients = found if gradients is None else tree_map(mx.add, gradients, found)
+                mx.eval(loss, kl, clipped, gradients)
+                sums += (float(loss), float(kl), float(clipped))
+            tokens = max(1, sum(int(batch.mask.sum()) for batch in batches))
+            norm = float(self.update(gradients))
+            if iteration == 0:
+                logged = {"loss": sums[0], "kl": sums[1] / tokens, "gradient_norm": norm}
+            logged["clipped"] = sums[2] / tokens
+        return logged
+
+    def _guard(self, step: int, silent: float, kl: float) -> None:
+        policy = self.settings.grpo
+        lines = [line["no_signal"] for line in self.folder.read_metrics("train")[-(policy.patience - 1) :]]
+        lines = lines if policy.patience > 1 else []
+        if silent == 1 and len(lines) == policy.patience - 1 and all(share == 1 for share in lines):
+            raise UserError(
+                f"step {step}: for {policy.patience} steps no group's rewards differed, so nothing can be "
+                "learned. Raise generation.temperature or grpo.num_generations, choose another reward, or "
+                "train the SFT model longer."
+            )
+        if kl > policy.max_kl:
+            raise UserError(
+                f"step {step}: the KL to the SFT model is {kl:.3g}, above grpo.max_kl ({policy.max_kl}): "
+                "the model runs away. Lower training.learning_rate or raise grpo.beta, then start over "
+                "with --fresh; best/ holds the best adapter so far."
+            )
+
+
+def group_advantages(rewards: np.ndarray, policy: PolicyConfig) -> tuple[np.ndarray, float]:
+    """Advantages [N] of rewards [N], those of a group in a row, and the share of groups without signal.
+
+    Reward minus the group's mean, divided by its standard deviation where `scale_rewards` says so (never in
+    dr_grpo); 0 in a group whose rewards do not differ.
+    """
+    groups = rewards.reshape(-1, policy.num_generations)
+    spread = groups.std(axis=1, ddof=1, keepdims=True)
+    silent = spread < LEAST_SPREAD
+    centred = groups - groups.mean(axis=1, keepdims=True)
+    scaled = policy.scale_rewards and policy.loss_type != "dr_grpo"
+    advantages = centred / (spread + 1e-4) if scaled else centred
+    return np.where(silent, 0.0, advantages).reshape(-1), float(silent.mean())
+
+
+def token_weights(counts: Sequence[int], policy: PolicyConfig, batch_size: int) -> np.ndarray:
+    """What each token of N completions with `counts` counted tokens weighs in the loss, [N].
+
+    grpo: 1 / (N x its completion's tokens); dr_grpo: 1 / (N x max_completion_length); dapo: 1 / all tokens;
+    bnpo: 1 / (batches x tokens of its batch of `batch_size`). A completion without counted tokens weighs 0.
+    """
+    lengths = np.asarray(counts, float)
+    if policy.loss_type == "grpo":
+        return 1.0 / (len(lengths) * np.maximum(lengths, 1))
+    if policy.loss_type == "dr_grpo":
+        return np.full(len(lengths), 1.0 / (len(lengths) * policy.max_completion_length))
+    if policy.loss_type == "dapo":
+        return np.full(len(lengths), 1.0 / max(1.0, lengths.sum()))
+    starts = range(0, len(lengths), batch_size)
+    tokens = np.repeat([lengths[at : at + batch_size].sum() for at in starts], batch_size)[: len(lengths)]
+    return 1.0 / (len(starts) * np.maximum(tokens, 1))
+
+
+def log_probs(model: Any, ids: mx.array, temperature: float) -> tuple[mx.array, mx.array]:
+    """Of each token but the first of ids [N, S], its log-probability and the entropy it was drawn with,
+    [N, S - 1].
+    """
+    logits = model(ids[:, :-1]).astype(mx.float32) / temperature  # [N, S - 1, V]
+    norm = mx.logsumexp(logits, axis=-1)  # [N, S - 1]
+    chosen = mx.take_along_axis(logits, ids[:, 1:, None], axis=-1)[..., 0]
+    expected = (mx.exp(logits - norm[..., None]) * logits).sum(axis=-1)
+    return chosen - norm, norm - expected
+
+
+def policy_loss(
+    new: mx.array, old: mx.array, reference: mx.array, batch: Completions, policy: PolicyConfig
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The clipped loss, weighed, with beta times the k3 KL; the summed KL; tokens whose clip acts.
+
+    All log-probabilities [N, S - 1]. Per token: -min(ratio A, clip(ratio) A) + beta (e^d - d - 1) with
+    d = reference - new. With importance_sampling_level `sequence` the ratio is e^(mean over the completion
+    of new - old).
+    """
+    difference = (new - old) * batch.mask
+    if policy.importance_sampling_level == "sequence":
+        mean = difference.sum(axis=-1, keepdims=True) / mx.maximum(batch.mask.sum(axis=-1, keepdims=True), 1)
+        difference = mx.broadcast_to(mean, difference.shape)
+    ratio = mx.exp(difference)
+    high = policy.epsilon if policy.epsilon_high is None else policy.epsilon_high
+    clipped = mx.clip(ratio, 1 - policy.epsilon, 1 + high)
+    advantage = batch.advantages[:, None]
+    plain, bounded = ratio * advantage, clipped * advantage
+    apart = (reference - new) * batch.mask
+    kl = mx.exp(apart) - apart - 1
+    loss = ((policy.beta * kl - mx.minimum(plain, bounded)) * batch.weights).sum()
+    acts = (bounded < plain) & batch.mask
+    return loss, (kl * batch.mask).sum(), acts.sum()
+
+
+def make_log_probs(model: Any, temperature: float) -> Callable[[mx.array], tuple[mx.array, mx.array]]:
+    """`log_probs`, compiled."""
+
+    @partial(mx.compile, inputs=[model.state, mx.random.state], outputs=[mx.random.state])
+    def run(ids: mx.array) -> tuple[mx.array, mx.array]:
+        return log_probs(model, ids, temperature)
+
+    return run
+
+
+Found = tuple[tuple[mx.array, mx.array, mx.array], Any]
+
+
+def make_gradient(
+    model: Any, policy: PolicyConfig, temperature: float
+) -> Callable[[Completions, mx.array, mx.array], Found]:
+    """A compiled (batch, old, reference) -> what policy_loss returns, and the gradient of its loss."""
+
+    def total(batch: Completions, old: mx.array, reference: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        new, _ = log_probs(model, batch.ids, temperature)
+        return policy_loss(new, old, reference, batch, policy)
+
+    value_and_gradient = nn.value_and_grad(model, total)
+    captured = [model.state, mx.random.state]
+
+    @partial(mx.compile, inputs=captured, outputs=[mx.random.state])
+    def gradient(old: mx.array, reference: mx.array, *batch: mx.array) -> Found:
+        before = model.trainable_parameters()
+        found = value_and_gradient(Completions(*batch), old, reference)
+        model.update(before)  # else what the trace has put there would stay
+        return found
+
+    return lambda batch, old, reference: gradient(old, reference, *batch)
+
+
+def _padded(
+    rows: Sequence[tuple[list[int], list[int]]],
+    counts: Sequence[int],
+    weights: np.ndarray,
+    advantages: np.ndarray,
+) -> Completions:
+    longest = max(len(prompt) + len(ids) for prompt, ids in rows)
+    length = 1 + PADDED_TO * math.ceil((longest - 1) / PADDED_TO)
+    ids = np.zeros((len(rows), length), np.int32)
+    mask = np.zeros((len(rows), length - 1), bool)
+    for place, ((prompt, completion), count) in enumerate(zip(rows, counts, strict=True)):
+        ids[place, : len(prompt) + len(completion)] = [*prompt, *completion]
+        mask[place, len(prompt) - 1 : len(prompt) - 1 + count] = True
+    weighed = mask * weights[:, None]
+    return Completions(
+        mx.array(ids), mx.array(mask), mx.array(advantages, mx.float32), mx.array(weighed, mx.float32)
+    )
+
+
+def _mean(values: Sequence[mx.array], masks: Sequence[mx.array]) -> float:
+    total = sum(float((value * mask).sum()) for value, mask in zip(values, masks, strict=True))
+    return total / max(1, sum(int(mask.sum()) for mask in masks))

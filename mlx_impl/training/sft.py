@@ -1,0 +1,232 @@
+"""Supervised fine-tuning of a query expander: LoRA on golden rows, loss on the completion's tokens.
+
+Batches follow from the seed and the step alone. Source: tobi/qmd, finetune/train.py. No twin yet: JAX has no
+Qwen3.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from common.data.expansion import ExpansionData, ExpansionRow
+from common.errors import UserError, listed
+from common.expansion_config import SftConfig
+from common.metrics.expansion import score
+from common.prompts import ExpansionPrompts
+from mlx_impl.models.qwen import LanguageModel
+from mlx_impl.training.adapters import AdapterTrainer, Logged
+from mlx_impl.training.generation import generate, greedy
+
+PADDED_TO = 32  # lengths of batches are multiples, so that few shapes are compiled
+WINDOW = 50  # batches whose rows are sorted by length together
+
+
+class TokenBatch(NamedTuple):
+    """Token ids [B, S], padded with 0, and which of them (not the first) the loss is taken on."""
+
+    ids: mx.array
+    mask: mx.array
+
+
+class SftTrainer(AdapterTrainer):
+    """An SFT run of `data` on a model with a fresh adapter.
+
+    UserError for rows that are longer than training.max_length.
+    """
+
+    def __init__(
+        self,
+        config: SftConfig,
+        loaded: LanguageModel,
+        prompts: ExpansionPrompts,
+        data: ExpansionData,
+        *,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.prompts, self.settings = prompts, config
+        self.rows, self.held_out = data.train[: config.dataset.max_samples], data.val
+        self._encoded: dict[tuple[int, int], tuple[list[int], int]] = {}
+        self._check_lengths()
+        training = config.training
+        batches = -(-len(self.rows) // training.batch_size)
+        self.per_epoch = -(-batches // training.gradient_accumulation_steps)
+        steps = max(1, round(training.epochs * self.per_epoch))
+        steps = min(steps, training.max_steps or steps)
+        super().__init__(config, loaded, {"name": data.name}, steps, say=say)
+        self._gradient = make_gradient(self.model)
+        self._loss = make_loss(self.model)
+
+    def train_step(self, step: int) -> Logged:
+        """One optimizer step: the mean loss over the tokens of its batches."""
+        began = time.perf_counter()
+        batches = self.batches(step)
+        tokens = sum(int(batch.mask.sum()) for batch in batches)
+        mx.random.seed(self.settings.training.seed * 1_000_003 + step)  # dropout
+        loss, gradients = 0.0, None
+        for batch in batches:
+            part, found = self._gradient(batch, mx.array(1.0 / max(1, tokens)))
+            gradients = found if gradients is None else tree_map(mx.add, gradients, found)
+            mx.eval(part, gradients)  # one batch's activations at a time
+            loss += float(part)
+        rate = float(self.rate(step - 1))
+        norm = float(self.update(gradients))
+        seconds = time.perf_counter() - began
+        return {
+            "loss": loss,
+            "gradient_norm": norm,
+            "learning_rate": rate,
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+        }
+
+    def batches(self, step: int) -> list[TokenBatch]:
+        """The batches of a step, numbered from 1."""
+        training = self.settings.training
+        epoch, place = divmod(step - 1, self.per_epoch)
+        order = batch_order(
+            self._lengths(epoch), training.batch_size, training.seed, epoch, training.length_buckets
+        )
+        each = training.gradient_accumulation_steps
+        return [self._batch(rows, epoch) for rows in order[place * each : (place + 1) * each]]
+
+    def evaluate(self) -> Logged:
+        """Loss and token accuracy on validation rows, and the mean score of greedy expansions."""
+        rows = self.held_out
+        loss = correct = tokens = 0.0
+        size = self.settings.training.batch_size
+        order = sorted(range(len(rows)), key=lambda i: len(self._example(rows[i], i)[0]))
+        for first in range(0, len(order), size):
+            batch = _padded([self._example(rows[i], i) for i in order[first : first + size]], size)
+            found = [float(value) for value in self._loss(batch)]
+            loss, correct, tokens = loss + found[0], correct + found[1], tokens + found[2]
+        logged = {"loss": loss / max(1, tokens), "token_accuracy": correct / max(1, tokens)}
+        return logged | self._scored() if self.settings.evaluation.queries else logged
+
+    def _scored(self) -> Logged:
+        settings = self.settings.evaluation
+        chosen = self.held_out[: settings.queries]
+        consumer = self.settings.prompt.system != "none"
+        written = generate(
+            self.model,
+            [self.prompts.prompt(row.query, consumer=consumer) for row in chosen],
+            end=self.prompts.end_id,
+            sampling=greedy(settings.max_tokens),
+            batch_size=settings.batch_size,
+        )
+        texts = [self.prompts.decode(row.ids) for row in written]
+        scores = [score(row.query, text).reward for row, text in zip(chosen, texts, strict=True)]
+        return {"score": float(np.mean(scores)), "ended": float(np.mean([row.ended for row in written]))}
+
+    def _example(self, row: ExpansionRow, turn: int) -> tuple[list[int], int]:
+        """Ids, and where the loss begins."""
+        example = self.prompts.example(row, turn)
+        return list(example.ids), example.start if self.settings.training.loss_on == "completion" else 1
+
+    def _row(self, index: int, epoch: int) -> tuple[list[int], int]:
+        key = index, (index + epoch) % 2
+        if key not in self._encoded:
+            self._encoded[key] = self._example(self.rows[index], key[1])
+        return self._encoded[key]
+
+    def _lengths(self, epoch: int) -> list[int]:
+        return [len(self._row(index, epoch)[0]) for index in range(len(self.rows))]
+
+    def _batch(self, rows: Sequence[int], epoch: int) -> TokenBatch:
+        return _padded([self._row(index, epoch) for index in rows], self.settings.training.batch_size)
+
+    def _check_lengths(self) -> None:
+        limit = self.settings.training.max_length
+        long = [
+            f"{row.query!r}: {length} tokens"
+            for index, row in enumerate(self.rows)
+            if (length := max(len(self._row(index, turn)[0]) for turn in (0, 1))) > limit
+        ]
+        if long:
+            raise UserError(
+                f"{len(long)} of {len(self.rows)} rows are longer than training.max_length ({limit} "
+                f"tokens):\n{listed(long, 5)}\nRaise it, or shorten them (dataset.trim_hyde: true)."
+            )
+        if not self.rows or not self.held_out:
+            raise UserError(
+                f"the data has {len(self.rows)} training and {len(self.held_out)} validation rows; both "
+                "need one. Name a dataset.eval_split, or give more rows."
+            )
+
+
+def batch_order(lengths: Sequence[int], size: int, seed: int, epoch: int, buckets: bool) -> list[list[int]]:
+    """The rows of each batch of an epoch: shuffled, and with `buckets` of like length within a batch.
+
+    Every row stands in one batch; the last may be smaller.
+    """
+    random = np.random.default_rng((seed, epoch))
+    order = random.permutation(len(lengths)).tolist()
+    if buckets:
+        window = WINDOW * size
+        parts = [order[first : first + window] for first in range(0, len(order), window)]
+        order = [row for part in parts for row in sorted(part, key=lambda i: lengths[i])]
+    batches = [order[first : first + size] for first in range(0, len(order), size)]
+    if buckets:
+        batches = [batches[i] for i in random.permutation(len(batches))]
+    return batches
+
+
+def token_losses(model: Any, batch: TokenBatch) -> tuple[mx.array, mx.array]:
+    """Cross entropy and whether the token was the likeliest, [B, S - 1]."""
+    logits = model(batch.ids[:, :-1])  # [B, S - 1, V]
+    targets = batch.ids[:, 1:]
+    losses = nn.losses.cross_entropy(logits, targets).astype(mx.float32)
+    return losses, mx.argmax(logits, axis=-1) == targets
+
+
+def make_gradient(model: Any) -> Callable[[TokenBatch, mx.array], tuple[mx.array, Any]]:
+    """A compiled (batch, scale) -> scale times the summed loss, and its gradient; leaves the model as it
+    is.
+    """
+
+    def total(batch: TokenBatch, scale: mx.array) -> mx.array:
+        losses, _ = token_losses(model, batch)
+        return scale * (losses * batch.mask[:, 1:]).sum()
+
+    value_and_gradient = nn.value_and_grad(model, total)
+    captured = [model.state, mx.random.state]
+
+    @partial(mx.compile, inputs=captured, outputs=[mx.random.state])
+    def gradient(ids: mx.array, mask: mx.array, scale: mx.array) -> tuple[mx.array, Any]:
+        before = model.trainable_parameters()
+        found = value_and_gradient(TokenBatch(ids, mask), scale)
+        model.update(before)  # else what the trace has put there would stay
+        return found
+
+    return lambda batch, scale: gradient(batch.ids, batch.mask, scale)
+
+
+def make_loss(model: Any) -> Callable[[TokenBatch], tuple[mx.array, mx.array, mx.array]]:
+    """A compiled batch -> summed loss, correct tokens, tokens."""
+
+    @partial(mx.compile, inputs=[model.state])
+    def loss(ids: mx.array, mask: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        losses, right = token_losses(model, TokenBatch(ids, mask))
+        counted = mask[:, 1:]
+        return (losses * counted).sum(), (right & counted).sum(), counted.sum()
+
+    return lambda batch: loss(batch.ids, batch.mask)
+
+
+def _padded(rows: Sequence[tuple[list[int], int]], size: int) -> TokenBatch:
+    """Rows as arrays of `size` rows, the missing ones empty, their length a multiple of PADDED_TO, plus 1."""
+    longest = max(len(ids) for ids, _ in rows)
+    length = 1 + PADDED_TO * math.ceil((longest - 1) / PADDED_TO)
+    ids, mask = np.zeros((size, length), np.int32), np.zeros((size, length), bool)
+    for place, (row, start) in enumerate(rows):
+        ids[place, : len(row)] = row
+        mask[place, max(1, start) : len(row)] = True
+    return TokenBatch(mx.array(ids), mx.array(mask))
