@@ -23,6 +23,8 @@ MODEL_FILE = "model.safetensors"
 HEAD_FILE = "resonance.safetensors"
 CONFIG_FILE = "config.json"
 TRAINING_FILE = "training.json"
+EXPORT_FILE = "export.json"  # beside ONNX_FILE: what was exported, and how it was verified
+ONNX_FILE = "model.onnx"
 
 Shape = tuple[int, ...]
 
@@ -144,19 +146,32 @@ def write_checkpoint(
     On a full disk, or any other failure, the earlier directory stays as it was and the partial one is
     removed; the UserError names the path and the remedy. A directory that is no checkpoint is never replaced.
     """
+
+    def fill(folder: Path) -> None:
+        _save_tokenizer(tokenizer_save, folder)
+        _write(folder / CONFIG_FILE, to_json(config))
+        _write(folder / MODEL_FILE, _tensor_bytes(tensors))
+        if resonance is not None:
+            _write(folder / HEAD_FILE, _tensor_bytes(resonance))
+        _write(folder / TRAINING_FILE, to_json(training))
+        _write(folder / "README.md", card.encode())
+
+    write_directory(directory, fill)
+
+
+def write_directory(directory: str | Path, fill: Callable[[Path], None]) -> None:
+    """What `fill` writes into an empty folder, put in the place of `directory` once it is whole and on disk.
+
+    When `fill` fails, or the disk is full, the earlier directory stays as it was, as in `write_checkpoint`. A
+    directory with neither training.json nor export.json is never replaced.
+    """
     directory = Path(os.path.abspath(directory))
     _refuse_foreign(directory)
     temporary = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")
     try:
         _clear_remains(directory)
         temporary.mkdir(parents=True)
-        _save_tokenizer(tokenizer_save, temporary)
-        _write(temporary / CONFIG_FILE, to_json(config))
-        _write(temporary / MODEL_FILE, _tensor_bytes(tensors))
-        if resonance is not None:
-            _write(temporary / HEAD_FILE, _tensor_bytes(resonance))
-        _write(temporary / TRAINING_FILE, to_json(training))
-        _write(temporary / "README.md", card.encode())
+        fill(temporary)
         for file in temporary.iterdir():
             _sync(file)
         _sync(temporary)
@@ -270,7 +285,7 @@ def _alive(process: str) -> bool:
 
 
 def _refuse_foreign(directory: Path) -> None:
-    if not directory.exists() or (directory / TRAINING_FILE).exists():
+    if not directory.exists() or any((directory / name).exists() for name in (TRAINING_FILE, EXPORT_FILE)):
         return
     if directory.is_dir() and not any(directory.iterdir()):
         return

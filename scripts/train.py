@@ -13,14 +13,14 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.config import RerankerConfig, parse_command
+from common.config import RerankerConfig, RunOptions, parse_command
 from common.errors import run_command
 from common.report import tables_text
 from common.workflow import train_recipe
 
 
 def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
-    config, options = parse_command(description or __doc__ or "", argv)
+    config, options = parse_command(description or __doc__ or "", argv, RunOptions)
     trained = train_recipe(config, options)
     if trained.finished_before:
         print(tables_text(trained.tables))
