@@ -11,13 +11,13 @@ import pytest
 
 from common.backends import Scores, load_encoder, load_scorer
 from common.checkpoint import write_directory
-from common.config import ModelConfig, RerankerConfig
+from common.config import RerankerConfig
 from common.errors import UserError
 from common.export import PRECISIONS, Exported
 from common.onnx_scoring import batches_by_length
-from common.text import Encoded, PairTokenizer
+from common.text import Encoded
 from jax_impl.export.onnx import HEADS, export_bi_encoder, export_cross_encoder
-from jax_impl.loading import LoadedReranker, load_cross_encoder, save_cross_encoder
+from tests.rerankers import reranker
 from tests.tiny import FILLER, PARTNERS, TOPIC_WORDS, WORDS, write_base
 
 PARTS = ("score", "portable", "resonance", "overlap", "coherence")
@@ -30,28 +30,6 @@ def pairs(seed: int, count: int = 40) -> tuple[list[str], list[str]]:
     return tuple(  # type: ignore[return-value]
         [" ".join(rng.choice(words, rng.integers(1, most))) for _ in range(count)] for most in (7, 41)
     )
-
-
-def reranker(
-    folder: Path, seed: int, head: str = "resonance", base: Path | None = None, **model: Any
-) -> Path:
-    """A checkpoint directory as a run writes it, its head drawn anew so that no part is trivial."""
-    base = base or write_base(folder / "base", num_hidden_layers=2)
-    settings = ModelConfig(base=str(base), head=head, start="masked_lm", **model)
-    loaded = load_cross_encoder(base, settings, seed=seed)
-    part, rng = loaded.model.resonance, np.random.default_rng(seed)
-    part.u[...] = rng.normal(0, 0.3, part.u[...].shape)
-    part.gamma[...], part.b[...] = np.asarray(7.0), np.asarray(-1.5)
-    stored = loaded.settings | {"start": "masked_lm", "fusion_weight": 0.4}
-    stored |= {"max_query_tokens": 8, "max_passage_tokens": 32}
-    save_cross_encoder(
-        folder / "best",
-        LoadedReranker(loaded.model, loaded.config, stored, loaded.start),
-        training={},
-        tokenizer_save=PairTokenizer(base).save,
-        card="",
-    )
-    return folder / "best"
 
 
 def written(folder: Path, exported: Exported) -> Path:
