@@ -4,8 +4,8 @@ A query comes with its BM25 passages, texts go in and scores come out; every con
 same queries, each side in a process of its own with the same cores. Texts are cut to the same limits before,
 and only real tokens count. Ours is the full export (the head is computed too), fp32 and INT8. The peer is
 `CrossEncoder.predict` on torch in float32 and bfloat16, and over onnxruntime with what torch.onnx exports,
-fp32 and INT8 (quantize_dynamic, per channel). That is what its ONNX backend runs; the package that the backend
-itself needs, optimum-onnx, does not install beside transformers 5.
+fp32 and INT8 (quantize_dynamic, per channel). That is what its ONNX backend runs; the package that this
+backend needs, optimum-onnx, does not install beside transformers 5.
     python benchmarks/rerank_serving.py --model runs/x/best            # SciFact, about 15 minutes on 2 cores
     python benchmarks/rerank_serving.py --model runs/x/best --quick    # does it run?
 """
