@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from common.checkpoint import surviving
+from common.checkpoint import EXPORT_FILE, ONNX_FILE, TRAINING_FILE, surviving
 from common.config import RerankerConfig
 from common.errors import UserError
 from common.hub import DEFAULT_MODEL, packaged_model, resolve_model
@@ -24,10 +24,11 @@ from common.processes import Launch, Processes, launch
 _BACKENDS = {
     "jax": ("jax", "jax_impl.scoring", "pip install -e ."),
     "mlx": ("mlx", "mlx_impl.scoring", "pip install -e '.[mlx]'"),
+    "onnx": ("onnxruntime", "common.onnx_scoring", "pip install -e '.[serve]'"),
 }
 # What the scores of a checkpoint depend on; the card and the training log do not count.
-_CONTENT = ("*.safetensors", "*.json", "*.txt", "*.model")
-_NOT_CONTENT = {"training.json"}
+_CONTENT = ("*.safetensors", "*.onnx", "*.json", "*.txt", "*.model")
+_NOT_CONTENT = {TRAINING_FILE, EXPORT_FILE}
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,10 @@ class Scorer(Protocol):
 def load_encoder(
     path_or_name: str | Path, backend: str = "auto", *, say: Callable[[str], None] = print
 ) -> Encoder:
-    """The bi-encoder in a directory or of a name that `common.hub` finds. Raises UserError."""
-    encoder: Encoder = _module(backend).load_encoder(resolve_model(path_or_name, say=say))
+    """The bi-encoder in a directory or of a name that `common.hub` finds; exports by onnxruntime. Raises
+    UserError."""
+    directory = resolve_model(path_or_name, say=say)
+    encoder: Encoder = _module(_fitting(backend, directory)).load_encoder(directory)
     return encoder
 
 
@@ -91,14 +94,18 @@ def load_scorer(
 ) -> Scorer:
     """The cross-encoder in a directory or of a name that `common.hub` finds. Raises UserError.
 
-    A base that was never trained scores as `recipe` would start it (the default recipe when absent).
+    A base that was never trained scores as `recipe` would start it (the default recipe when absent). What
+    `scripts/export.py` wrote is scored by onnxruntime.
     """
-    scorer: Scorer = _module(backend).load_scorer(resolve_model(path_or_name, say=say), recipe)
+    directory = resolve_model(path_or_name, say=say)
+    scorer: Scorer = _module(_fitting(backend, directory)).load_scorer(directory, recipe)
     return scorer
 
 
 def load_trainer(backend: str = "auto") -> Callable[..., Any]:
     """The Trainer of a backend: Trainer(config, prepared, say=print).run(folder) returns a summary."""
+    if backend == "onnx":
+        raise UserError("backend onnx does not train; use jax or mlx and export the checkpoint")
     package = _module(backend).__name__.partition(".")[0]
     trainer: Callable[..., Any] = importlib.import_module(f"{package}.training.loop").Trainer
     return trainer
@@ -152,6 +159,22 @@ def checkpoint_identity(directory: str | Path, *settings: object) -> str:
         with open(path, "rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def _fitting(backend: str, directory: Path) -> str:
+    """`onnx` for an exported directory, else the backend as asked. UserError when the two do not go
+    together."""
+    exported = (surviving(directory) / ONNX_FILE).exists() and not any(directory.glob("*.safetensors"))
+    if exported and backend not in ("auto", "onnx"):
+        raise UserError(
+            f"{directory}: an ONNX export, which backend {backend} does not read; leave it to `auto`"
+        )
+    if backend == "onnx" and not exported:
+        raise UserError(
+            f"{directory}: backend onnx reads what `python scripts/export.py {directory} --out FOLDER` "
+            "writes, and this is not it. Export it, or name another backend."
+        )
+    return "onnx" if exported else backend
 
 
 def _module(backend: str) -> Any:

@@ -23,6 +23,8 @@ MODEL_FILE = "model.safetensors"
 HEAD_FILE = "resonance.safetensors"
 CONFIG_FILE = "config.json"
 TRAINING_FILE = "training.json"
+EXPORT_FILE = "export.json"  # beside ONNX_FILE: what was exported, and how it was verified
+ONNX_FILE = "model.onnx"
 
 Shape = tuple[int, ...]
 
@@ -158,7 +160,11 @@ def write_checkpoint(
 
 
 def write_directory(directory: str | Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write a checkpoint directory's files, TRAINING_FILE among them; as `write_checkpoint`."""
+    """What `fill` writes into an empty folder, put in the place of `directory` once it is whole and on disk.
+
+    When `fill` fails, or the disk is full, the earlier directory stays as it was, as in `write_checkpoint`. A
+    directory with neither training.json nor export.json is never replaced.
+    """
     directory = Path(os.path.abspath(directory))
     _refuse_foreign(directory)
     temporary = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")
@@ -279,7 +285,7 @@ def _alive(process: str) -> bool:
 
 
 def _refuse_foreign(directory: Path) -> None:
-    if not directory.exists() or (directory / TRAINING_FILE).exists():
+    if not directory.exists() or any((directory / name).exists() for name in (TRAINING_FILE, EXPORT_FILE)):
         return
     if directory.is_dir() and not any(directory.iterdir()):
         return

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from common.checkpoint import CONFIG_FILE, MODEL_FILE, surviving
+from common.checkpoint import CONFIG_FILE, MODEL_FILE, ONNX_FILE, surviving
 from common.errors import UserError, listed
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -113,7 +113,7 @@ def _check_directory(directory: Path) -> None:
         raise UserError(f"{directory}: is a file; give the checkpoint directory that holds {CONFIG_FILE}.")
     if not (directory / CONFIG_FILE).exists():
         raise UserError(f"{directory}: not a checkpoint directory, it has no {CONFIG_FILE}.")
-    if (directory / MODEL_FILE).exists() or (directory / f"{MODEL_FILE}.index.json").exists():
+    if any((directory / name).exists() for name in (MODEL_FILE, f"{MODEL_FILE}.index.json", ONNX_FILE)):
         return
     if any(directory.glob("pytorch_model*.bin")):
         raise UserError(

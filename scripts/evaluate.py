@@ -57,7 +57,7 @@ class Args:
     """ir-measures names; the first one is tested. R@k and Success@k beyond the depth are named by it."""
     encoder: str = "default"
     """Bi-encoder of the dense first stage; `none` leaves BM25 alone."""
-    backend: Literal["auto", "jax", "mlx"] = "auto"
+    backend: Literal["auto", "jax", "mlx", "onnx"] = "auto"
     seed: int = 0
     """Of the tests and intervals."""
     per_query: Path | None = None
@@ -95,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--run and --qrels belong to one source: give --data a single one")
     encoder = None
     if args.encoder != "none" and args.run is None:
-        encoder = load_encoder(args.encoder, args.backend, say=say)
+        # the retriever is exported or not, as it comes: --backend onnx speaks of the checkpoints
+        encoder = load_encoder(args.encoder, "auto" if args.backend == "onnx" else args.backend, say=say)
     tables = [
         evaluate_source(
             dataclasses.replace(args, judged=judged, first_stage=pools, depth=depth), part, scorers, encoder

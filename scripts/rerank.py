@@ -33,7 +33,7 @@ class Args:
     """Shows only the first ones; all are ranked."""
     json: bool = False
     """Prints one JSON object instead of lines."""
-    backend: Literal["auto", "jax", "mlx"] = "auto"
+    backend: Literal["auto", "jax", "mlx", "onnx"] = "auto"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,7 +14,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Files of one tree alone.
-JAX_ONLY_FILES = {"training/parallel.py"}  # devices of a host and of others; MLX: training/distributed.py
+JAX_ONLY_FILES = {
+    "training/parallel.py",  # devices of a host and of others; MLX: training/distributed.py
+    "export/__init__.py",
+    "export/onnx.py",
+}
 MLX_ONLY_FILES = {
     "models/layers.py",  # what flax.nnx brings: seeded layers with a computation dtype
     "train.py",  # the commands of the Mac user

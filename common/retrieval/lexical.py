@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,6 +51,24 @@ class BM25:
             if not self._empty and word in self._index.vocab_dict:
                 scores += np.float32(weight) * np.asarray(self._index.get_scores([word]), np.float32)
         return scores
+
+    def save(self, folder: Path) -> None:
+        """Write the index into a folder, from which `load` maps it into memory. Raises OSError."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if not self._empty:
+            self._index.save(folder, show_progress=False)
+        (folder / "size.json").write_text(json.dumps([self._size, self._empty]))
+
+    @classmethod
+    def load(cls, folder: Path) -> BM25:
+        """What `save` wrote. Raises OSError or ValueError for a folder that is not whole."""
+        import bm25s
+
+        index = cls([])
+        index._size, index._empty = json.loads((folder / "size.json").read_text())
+        if not index._empty:
+            index._index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
+        return index
 
     def _tokenize(self, texts: Sequence[str]) -> Any:
         import bm25s

@@ -78,3 +78,24 @@ def test_the_workflow_retrains_on_what_the_first_model_found(world: World, runs:
         file.name for file in retrained.iterdir()
     }
     assert (runs / "example_first" / "best").is_dir() and (retrained / "best").is_dir()
+
+
+def test_rag_without_training_gives_a_context(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    context = example("rag_basic", world, index=tmp_path / "index")
+    assert context.startswith("[1] ") and "\n\n[2] " in context
+    assert "60 documents added, 0 were there; 60 passages" in capsys.readouterr().out
+    assert example("rag_basic", world, index=tmp_path / "index") == context
+    assert "0 documents added, 60 were there" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_rag_with_a_reranker_shows_what_moved_and_falls_back(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    context = example("rag_reranked", world, model=str(world.base))
+    said = capsys.readouterr().out
+    assert context.results.reranked and len(context.sources) == 3
+    assert "1. (was " in said and "fallback: reranker past its deadline" in said
+    assert "fallbacks: {'reranker past its deadline': 1}" in said

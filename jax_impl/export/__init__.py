@@ -1,0 +1,1 @@
+"""Exports of trained models to formats that other runtimes read."""
