@@ -28,7 +28,7 @@ from common.errors import UserError
 from common.hub import resolve_model
 from common.metrics.calibration import Confidence
 from common.metrics.ranking import ranked
-from common.reranking import load_confidence
+from common.reranking import fitted_over, load_confidence
 from common.retrieval.documents import Chunking, as_documents, count_tokens, sentences
 from common.retrieval.fusion import fuse_scores, rrf
 from common.retrieval.index import Changes, Passage, PassageIndex
@@ -147,7 +147,8 @@ class RAGPipeline:
       reranker_model: a cross-encoder: directory, name or Scorer; None: the first stage's order.
       top_k_retrieval: passages that the first stage finds, and that are reranked.
       top_k_rerank: hits that come back.
-      retrieval: hybrid fuses BM25 and dense retrieval by reciprocal rank; or one of them alone.
+      retrieval: hybrid fuses BM25 and dense retrieval by reciprocal rank; or one of them alone. When absent
+        what the reranker was trained over, else hybrid.
       expand: any function from a query to texts under `lex` (searched by BM25), `vec` and `hyde` (by dense
         retrieval); their rankings are fused with the query's own. The reranker reads the query itself.
       index_dir: where the index lies; a temporary folder, gone with the pipeline, when absent.
@@ -178,7 +179,10 @@ class RAGPipeline:
         _check_numbers(top_k_retrieval, top_k_rerank, deadline, cache_size)
         self.top_k_retrieval, self.top_k_rerank, self.deadline = top_k_retrieval, top_k_rerank, deadline
         encoder = _encoder(retriever_model, backend, say)
-        self.retrieval: Retrieval = retrieval or ("bm25" if encoder is None else "hybrid")
+        own = _own_retrieval(reranker_model)
+        self.retrieval: Retrieval = retrieval or ("bm25" if encoder is None else own or "hybrid")
+        if own not in (None, self.retrieval):
+            say(f"note: the reranker's fusion weight was chosen over {own} retrieval, not {self.retrieval}")
         if self.retrieval not in ("hybrid", "dense", "bm25"):
             raise UserError(f"retrieval is {self.retrieval!r}; allowed: hybrid, dense, bm25")
         if encoder is None and self.retrieval != "bm25":
@@ -464,6 +468,14 @@ def _check_numbers(top_k_retrieval: int, top_k_rerank: int, deadline: float | No
         raise UserError(f"deadline is {deadline}; allowed: seconds > 0, or None")
     if cache_size < 0:
         raise UserError(f"cache_size is {cache_size}; allowed: >= 0 pairs")
+
+
+def _own_retrieval(reranker: str | Path | Scorer | None) -> Retrieval | None:
+    """The retrieval that a checkpoint's fusion weight belongs to, where it is known."""
+    if not isinstance(reranker, str | Path):
+        return None
+    fitted = fitted_over(resolve_model(reranker, say=lambda _: None))
+    return None if fitted is None else "hybrid" if fitted[0] == "rrf" else fitted[0]
 
 
 def _encoder(model: str | Path | Encoder, backend: str, say: Callable[[str], None]) -> Encoder | None:

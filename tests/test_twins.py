@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parents[1]
 # Files of one tree alone.
 JAX_ONLY_FILES = {
     "training/parallel.py",  # devices of a host and of others; MLX: training/distributed.py
-    "export/__init__.py",
     "export/onnx.py",
 }
 MLX_ONLY_FILES = {
@@ -26,7 +25,6 @@ MLX_ONLY_FILES = {
     "convert.py",
     # SFT and GRPO of Qwen3, on mlx-lm's: JAX has no language model yet
     "expansion.py",
-    "export/__init__.py",
     "export/gguf.py",
     "models/qwen.py",
     "training/adapters.py",

@@ -65,6 +65,19 @@ def test_every_way_of_retrieval(pipeline: Make, retrieval: str, stage: str) -> N
     assert set(found.seconds) == {"retrieve", "total"}
 
 
+def test_it_retrieves_as_the_reranker_was_trained_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.rag.resolve_model", lambda model, say: Path(model))
+    monkeypatch.setattr("common.rag.load_scorer", lambda *_, **__: WordScorer())
+    monkeypatch.setattr("common.rag.load_confidence", lambda _: None)
+    said: list[str] = []
+    for stage, retrieval in (("dense", "dense"), ("rrf", "hybrid")):
+        monkeypatch.setattr("common.rag.fitted_over", lambda _, stage=stage: (stage, 20))
+        assert RAGPipeline(WordEncoder(), "runs/x/best", say=said.append).retrieval == retrieval
+    assert said == []
+    other = RAGPipeline(WordEncoder(), "runs/x/best", retrieval="bm25", say=said.append)
+    assert other.retrieval == "bm25" and "chosen over hybrid retrieval, not bm25" in said[0]
+
+
 def test_bm25_alone_needs_no_model() -> None:
     rag = RAGPipeline("bm25", say=lambda _: None)
     rag.index_documents(["a passage about sorting", "another about cooking"])
