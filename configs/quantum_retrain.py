@@ -39,7 +39,7 @@ def adaptation() -> RerankerConfig:
         quantum=QuantumConfig(mode="adaptation", phase="resonance"),  # it has collapsed already
         train=TrainConfig(epochs=1, learning_rate=2e-5),
         retrain=RetrainConfig(preserve_knowledge=0.3, resonance_alignment=0.1, analyze_existing=True),
-        evaluation=EvalConfig(depth=20, dev_queries=100, dev_depth=15),
+        evaluation=EvalConfig(depth=20, dev_depth=20),
     )
 
 
