@@ -26,7 +26,9 @@ def read_cache(path: Path, parse: Callable[[Path], T]) -> T:
     try:
         return parse(path)
     except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: a broken cache file ({error}). Delete it; it is computed again.") from error
+        # NumPy's own words advise to load it unsafely
+        why = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
+        raise UserError(f"{path}: a broken cache file{why}. Delete it; it is computed again.") from error
 
 
 def write_cache(path: Path, data: bytes) -> None:

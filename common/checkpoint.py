@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,16 @@ def surviving(directory: str | Path) -> Path:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file; UserError when the file is missing, broken or holds something else."""
+    """The object in a JSON file; UserError when the file is missing, unreadable, broken or another value."""
     path = Path(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file; a checkpoint directory needs it.") from None
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}). Copy or download the file again."
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error}). Copy or download the file again.") from None
     if not isinstance(value, dict):
@@ -204,6 +209,20 @@ def write_file(path: Path, data: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raise the UserError of a file that could not be written, with its folders, before the work for it."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        place = next(folder for folder in path.absolute().parents if folder.exists())
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}). Choose another place, or mend this one."
+        ) from error
 
 
 def _tensor_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:

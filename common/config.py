@@ -507,7 +507,10 @@ def load_recipe(path: str, preset: str | None = None) -> RerankerConfig:
     if not file.is_file():
         near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.py")], n=1)
         hint = f"; did you mean {file.parent / near[0]}?" if near else ""
-        raise UserError(f"no recipe at {path}{hint} (recipes are the files of configs/)")
+        raise UserError(
+            f"no recipe at {path}{hint} (recipes are the files of configs/: run from the root of the clone, "
+            "or name one by --config FILE)"
+        )
     module = _recipe_module(file)
     presets: dict[str, Any] = getattr(module, "PRESETS", {})
     if preset is not None and preset not in presets:

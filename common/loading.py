@@ -6,6 +6,7 @@ resonance, an existing cross-encoder as it was, a plain masked language model fr
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from common import keymap
-from common.checkpoint import HEAD_FILE, read_config, read_json, write_checkpoint
+from common.checkpoint import CONFIG_FILE, HEAD_FILE, read_config, read_json, write_checkpoint
 from common.config import FIDELITY_BLOCKS, HEAD_PROJECTORS, ModelConfig, RerankerConfig
 from common.errors import UserError
 from common.text import PairTokenizer
@@ -21,6 +22,17 @@ from common.text import PairTokenizer
 WARM_GAMMA = 20.0  # the scale that sentence-transformers trains cosines with
 EVEN_COSINE = 0.5  # where a pointwise loss sees an even bet at the warm start
 COLD_SPREAD = 0.02  # standard deviation of u from nothing, BERT's own initializer_range
+# key of the `resonance` part of config.json -> its choices, or the least number of its type
+_ALLOWED: dict[str, tuple[str, ...] | float] = {
+    "head": tuple(HEAD_PROJECTORS),
+    "parameterisation": ("cartesian", "polar"),
+    "precision": ("auto", "float32", "bfloat16"),
+    "state_size": 1,
+    "passage_segment": 0,
+    "max_query_tokens": 1,
+    "max_passage_tokens": 1,
+    "fusion_weight": 0.0,
+}
 
 Arrays = dict[str, np.ndarray]
 
@@ -107,22 +119,42 @@ def head_start(settings: Mapping[str, Any], start: str) -> str:
 def stored_settings(config: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     """The `resonance` part of the config.json of a directory that we wrote; the first ones name no head.
 
-    UserError for a head that is not known here.
+    UserError for values that are not allowed there.
     """
     settings = {"head": ModelConfig.head, **config.get("resonance", {})}
-    if settings["head"] not in HEAD_PROJECTORS:
+    wrong = [
+        f"{key} is {settings[key]!r}; allowed: {_in_words(allowed)}"
+        for key, allowed in _ALLOWED.items()
+        if key in settings and not _fits(settings[key], allowed)
+    ]
+    if not wrong and settings["head"] == "block_fidelity" and settings.get("state_size", 0) % FIDELITY_BLOCKS:
+        wrong = [f"state_size is {settings['state_size']}; allowed: multiples of {FIDELITY_BLOCKS}"]
+    if wrong:
         raise UserError(
-            f"{directory}: its head is {settings['head']!r}; known here are {', '.join(HEAD_PROJECTORS)}. "
-            "Load it with the version that wrote it."
+            f"{directory / CONFIG_FILE}: in its `resonance` part {'; '.join(wrong)}. Copy the file again, or "
+            "load it with the version that wrote it."
         )
     return settings
 
 
+def _fits(value: Any, allowed: tuple[str, ...] | float) -> bool:
+    if isinstance(allowed, tuple):
+        return value in allowed
+    number = isinstance(value, int | type(allowed)) and not isinstance(value, bool)
+    return number and allowed <= value <= sys.float_info.max
+
+
+def _in_words(allowed: tuple[str, ...] | float) -> str:
+    if isinstance(allowed, tuple):
+        return ", ".join(allowed)
+    return f"a {'whole ' if isinstance(allowed, int) else ''}number >= {allowed:g}"
+
+
 def stored_precision(directory: Path, recipe: RerankerConfig) -> str:
     """What a checkpoint of ours was trained and measured in; the recipe's for a base."""
-    settings = read_config(directory).get("resonance")
-    known = settings.get("precision") if isinstance(settings, Mapping) else None
-    return str(known or recipe.train.precision)
+    config = read_config(directory)
+    settings = stored_settings(config, directory) if isinstance(config.get("resonance"), Mapping) else {}
+    return str(settings.get("precision", recipe.train.precision))
 
 
 def check_unchanged(settings: Mapping[str, Any], model: ModelConfig, directory: Path) -> None:

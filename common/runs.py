@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from common.checkpoint import read_json, to_json, write_file
+from common.checkpoint import check_writable, read_json, to_json, write_file
 from common.config import RerankerConfig, to_dict
 from common.errors import UserError, listed
 
@@ -86,6 +86,11 @@ class RunFolder:
         except OSError as error:
             raise UserError(_cannot_write(path, error)) from error
         return run
+
+    @staticmethod
+    def check(root: str | Path, name: str) -> None:
+        """Raise the UserError of a bad name, or of a place that cannot be written; nothing is made."""
+        check_writable(Path(root) / _checked(name) / "config.json")
 
     def _begin(self, now: dict[str, Any], here: dict[str, Any], resume: bool) -> None:
         """Check or clear what the folder holds, then write config.json."""

@@ -82,6 +82,8 @@ def train_recipe(
     processes = join_processes(options.backend, launched)
     recipe, place = to_dict(config), options.runs / config.name
     with processes.together():  # at each phase: what is wrong in one process ends all
+        if processes.first and (options.fresh or not (place / RESULTS_FILE).exists()):
+            RunFolder.check(options.runs, config.name)  # a finished run is only shown
         data, old = data or load_data(config.data), load_old_data(config)
         fingerprint = run_fingerprint(data, old)
         finished = None if options.fresh else finished_results(options.runs, config.name, recipe, fingerprint)
@@ -180,7 +182,7 @@ def check_splits(config: RerankerConfig, data: RankingData, test: bool) -> None:
     try:
         data.split(config.data.test_split)
     except UserError as error:
-        raise UserError(f"{error} Or train without a test: --no-evaluate-test.") from None
+        raise UserError(f"{error} Or do without a test: --no-evaluate-test.") from None
 
 
 def analyse_original(

@@ -18,6 +18,7 @@ from typing import Literal
 import tyro
 
 from common.backends import Encoder, Scorer, accelerator, load_encoder, load_scorer
+from common.checkpoint import check_writable
 from common.config import FirstStage
 from common.data.records import OnBadRow, RankingData
 from common.data.sources import load_split_data, read_trec_run
@@ -87,6 +88,9 @@ class Args:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = tyro.cli(Args, description=__doc__, args=argv).validate()
+    for file in (args.json, args.per_query):
+        if file not in (None, "-"):
+            check_writable(Path(file))
     say = functools.partial(print, file=sys.stderr)
     scorers = [load_scorer(model, args.backend, say=say) for model in args.models]
     pools, depth = over(args, say)

@@ -26,6 +26,11 @@ from common.errors import UserError
 NO_POSITIVE = "queries without a relevant passage"
 NOT_RETRIEVED = "queries whose relevant passages the first stage does not find"
 NO_NEGATIVE = "queries without a negative"
+_REMEDIES = {
+    NO_POSITIVE: "give passages a grade above 0",
+    NOT_RETRIEVED: "set --data.positives all, or another --data.negatives",
+    NO_NEGATIVE: "give more passages, or draw from others: --data.negatives rrf or random",
+}
 FEW_CANDIDATES = "queries with fewer than two candidates"
 Related = Mapping[str, Mapping[str, float]]  # query id -> related query id -> weight in (0, 1]
 
@@ -82,7 +87,11 @@ def build_lists(
             dropped[reason] += 1
     if not found:
         counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-        raise UserError(f"{data.name}: no training list in split {split!r} ({counts or 'it is empty'})")
+        remedy = "; ".join(_REMEDIES[reason] for reason in dropped) or "give it queries"
+        raise UserError(
+            f"{data.name}: no training list in split {split!r} ({counts or 'it is empty'}). A list needs a "
+            f"relevant passage and another one: {remedy}."
+        )
     if max_samples is not None and max_samples < len(found):
         kept = np.random.default_rng(seed).permutation(len(found))[:max_samples]
         found = [found[i] for i in sorted(kept)]

@@ -117,7 +117,9 @@ class BadRows:
         self.problems.append(f"{where}: {what}")
 
     def raise_if_any(
-        self, remedy: str = "Mend them, or leave them out: on_bad_row=skip (the flag on-bad-row skip)."
+        self,
+        remedy: str = "Mend them, or leave them out: --on-bad-row skip (of train and prepare_data "
+        "--data.on-bad-row skip; in Python on_bad_row='skip').",
     ) -> None:
         """Raise one UserError with the first 20 rows and the remedy, unless rows are to be skipped."""
         if self.problems and not self.skip:

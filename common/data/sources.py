@@ -254,6 +254,9 @@ def _load_folder(folder: Path, bad: BadRows, labels: bool = True) -> RankingData
         )
     corpus = _texts(json_rows(corpus_file, bad), bad, "passage")
     queries = _texts(json_rows(queries_file, bad), bad, "query")
+    _refuse_empty(corpus, f"{corpus_file}: the corpus is", bad)
+    if qrels_files:
+        _refuse_empty(queries, f"{queries_file}: the queries are", bad)
     qrels = {split: _judgements(path, bad, (queries, corpus)) for split, path in qrels_files.items()}
     bad.raise_if_any()
     return RankingData(folder.name, corpus, queries, qrels, dropped=dict(bad.dropped))
@@ -273,7 +276,13 @@ def _qrels_files(folder: Path) -> dict[str, Path]:
     for path in files:
         first, *others = path.name.split(".")
         split = others[0] if first == "qrels" and len(others) > 1 else first
-        found[SPLIT_NAMES.get(split, split)] = path
+        split = SPLIT_NAMES.get(split, split)
+        if split in found:
+            raise UserError(
+                f"{found[split]} and {path}: both are judgements of the split {split!r}. Join them, or move "
+                "one away."
+            )
+        found[split] = path
     return found
 
 
@@ -298,6 +307,12 @@ def _texts(rows: Iterable[tuple[str, Any]], bad: BadRows, what: str) -> dict[str
         else:
             found[str(identity)] = joined
     return found
+
+
+def _refuse_empty(texts: Mapping[str, str], what: str, bad: BadRows) -> None:
+    if not texts:
+        bad.raise_if_any()
+        raise UserError(f'{what} empty. Give one row {{"_id", "text", "title"?}} for each text.')
 
 
 def _known(query: str, passage: str, texts: Texts, where: str, bad: BadRows) -> bool:
@@ -512,6 +527,8 @@ def _hub_collection(
     """BEIR on the hub: corpus and queries of _id, title, text; judgements query-id, corpus-id, score."""
     passages = _texts(_numbered(f"{name}:corpus", corpus), bad, "passage")
     asked = _texts(_numbered(f"{name}:queries", queries), bad, "query")
+    _refuse_empty(passages, f"{name}:corpus: the corpus is", bad)
+    _refuse_empty(asked, f"{name}:queries: the queries are", bad)
     qrels: dict[str, Qrels] = {}
     for split, rows in judgements.items():
         found = qrels.setdefault(SPLIT_NAMES.get(split, split), {})

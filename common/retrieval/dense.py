@@ -43,8 +43,8 @@ def dense_run(
         return {}
     asked = embed([queries[query] for query in wanted], encoder, "query")
     scores, places = index.search(asked, min(depth, len(ids)))  # [Q, depth]
-    return {
-        query: {ids[place]: float(score) for place, score in zip(row_places, row, strict=True)}
+    return {  # faiss fills up with places of -1 where it finds too few
+        query: {ids[place]: float(score) for place, score in zip(row_places, row, strict=True) if place >= 0}
         for query, row, row_places in zip(wanted, scores, places, strict=True)
     }
 
@@ -61,9 +61,9 @@ def passage_vectors(
     path = vectors_file(encoder, cache_dir, fingerprint)
     if path.exists():
         vectors: NDArray[np.float32] = read_cache(path, lambda file: np.load(file, allow_pickle=False))
-        if vectors.shape != (len(texts), encoder.dim):
+        if vectors.shape != (len(texts), encoder.dim) or not np.isfinite(vectors).all():
             raise UserError(
-                f"{path}: holds {vectors.shape}, expected {(len(texts), encoder.dim)}. "
+                f"{path}: holds {vectors.shape}, expected {(len(texts), encoder.dim)}, all of it finite. "
                 "Delete it; it is computed again."
             )
         return vectors
@@ -80,12 +80,22 @@ def vectors_file(encoder: Encoder, cache_dir: str | Path, fingerprint: str) -> P
 
 
 def embed(texts: Sequence[str], encoder: Encoder, kind: Literal["query", "passage"]) -> NDArray[np.float32]:
-    """Vectors [N, D] of the texts, in their order; encoded from the longest to the shortest."""
+    """Vectors [N, D] of the texts, in their order; encoded from the longest to the shortest.
+
+    Raises UserError for a vector that is not finite.
+    """
     vectors = np.empty((len(texts), encoder.dim), np.float32)
     order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))
     with progress(len(texts), f"{encoder.name}: {kind} vectors") as steps:
         for start in range(0, len(order), _CHUNK):
             places = order[start : start + _CHUNK]
             vectors[places] = encoder.encode([texts[place] for place in places], kind=kind)
+            broken = ~np.isfinite(vectors[places]).all(axis=1)
+            if broken.any():
+                first = texts[places[int(np.argmax(broken))]]
+                raise UserError(
+                    f"{encoder.name}: {int(broken.sum())} of {len(places)} {kind} vectors are not finite, "
+                    f"the first of {first[:60]!r}. The model is damaged: use another."
+                )
             steps.advance(len(places))
     return vectors

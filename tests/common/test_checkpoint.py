@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 import common.checkpoint as checkpoint
-from common.checkpoint import check_keys, read_config, read_tensors, surviving, write_checkpoint
+from common.checkpoint import (
+    check_keys,
+    check_writable,
+    read_config,
+    read_tensors,
+    surviving,
+    write_checkpoint,
+)
 from common.errors import UserError
 
 
@@ -52,6 +59,32 @@ def test_a_checkpoint_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert read_tensors(tmp_path / "model" / "resonance.safetensors")["gamma"] == 20
     assert json.loads((tmp_path / "model" / "training.json").read_text()) == {"ndcg": 0.5}
     assert (tmp_path / "model" / "tokenizer.json").exists()
+
+
+def test_a_folder_in_place_of_the_config_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(UserError, match=r"config\.json: cannot be read \(Is a directory\)"):
+        read_config(tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_known_before_and_nothing_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    for good in (tmp_path / "file", tmp_path / "new" / "folder" / "file"):
+        check_writable(good)
+    with pytest.raises(UserError, match=r"cannot be written \(Is a directory\)"):
+        check_writable(tmp_path)
+    with pytest.raises(UserError, match=r"file/below/it: cannot be written \(Not a directory\)"):
+        check_writable(tmp_path / "file" / "below" / "it")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    def refuse(**_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(checkpoint.tempfile, "TemporaryFile", refuse)  # root may write everywhere
+    with pytest.raises(UserError, match=r"new: cannot be written \(Permission denied\)"):
+        check_writable(tmp_path / "new")
 
 
 def test_saving_again_replaces_the_checkpoint_and_leaves_nothing_beside_it(tmp_path: Path) -> None:

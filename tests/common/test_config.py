@@ -196,6 +196,14 @@ def test_a_missing_recipe_names_the_nearest(tmp_path: Path) -> None:
         load_recipe(str(tmp_path / "quantun.py"))
 
 
+def test_outside_the_clone_a_command_says_where_to_run_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"configs/quantum_resonance\.py .*run from the root of the clone"):
+        parse_command("test", [])
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

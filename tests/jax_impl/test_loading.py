@@ -209,6 +209,42 @@ def test_a_missing_setting_of_the_head_is_named(trained: Path) -> None:
         load_cross_encoder(trained, ModelConfig())
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("fusion_weight", "x", "a number >= 0"),
+        ("fusion_weight", float("nan"), "a number >= 0"),
+        ("max_query_tokens", "x", "a whole number >= 1"),
+        ("max_passage_tokens", 0, "a whole number >= 1"),
+        ("state_size", "x", "a whole number >= 1"),
+        ("state_size", True, "a whole number >= 1"),
+        ("passage_segment", -1, "a whole number >= 0"),
+        ("parameterisation", "foo", "cartesian, polar"),
+        ("precision", "foo", "auto, float32, bfloat16"),
+        ("head", ["cls"], "resonance, cls, real"),
+    ],
+)
+def test_a_setting_of_the_head_that_is_not_allowed_is_named(
+    trained: Path, key: str, value: object, allowed: str
+) -> None:
+    config = json.loads((trained / "config.json").read_text())
+    config["resonance"][key] = value
+    (trained / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError) as caught:
+        load_scorer(trained)
+    message = str(caught.value)
+    assert message.startswith(f"{trained / 'config.json'}: ")
+    assert f"{key} is {value!r}; allowed: {allowed}" in message
+
+
+def test_states_that_cannot_be_cut_into_blocks_are_named(trained: Path) -> None:
+    config = json.loads((trained / "config.json").read_text())
+    config["resonance"] |= {"head": "block_fidelity", "state_size": 30}
+    (trained / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="state_size is 30; allowed: multiples of 8"):
+        load_scorer(trained)
+
+
 def test_a_size_that_is_no_number_is_named(trained: Path) -> None:
     config = json.loads((trained / "config.json").read_text())
     (trained / "config.json").write_text(json.dumps(config | {"num_attention_heads": "4"}))

@@ -353,7 +353,7 @@ def test_a_checkpoint_without_a_head_s_name_has_the_resonance_and_an_unknown_one
         if head is None:
             assert (scores(backend, where, ModelConfig()) == before).all()
         else:
-            with pytest.raises(UserError, match="its head is 'spin'; known here are resonance, cls"):
+            with pytest.raises(UserError, match="head is 'spin'; allowed: resonance, cls"):
                 scores(backend, where, ModelConfig())
 
 

@@ -19,7 +19,7 @@ from common.data.sources import load_ranking_data, write_trec_run
 from common.errors import UserError
 from common.prepare import load_data
 from common.runs import read_metrics
-from tests.tiny import FILLER, World, command
+from tests.tiny import FILLER, World, command, write_collection
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("prepare_data", "train", "evaluate", "analyze", "ablate", "rerank", "mine_negatives")
@@ -369,6 +369,45 @@ def test_a_retraining_never_writes_over_its_own_base(project: Project) -> None:
 def test_evaluate_refuses_nonsense(project: Project, argv: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         project.evaluate(*argv)
+
+
+@pytest.mark.parametrize("flag", ["--json", "--per-query"])
+def test_evaluate_checks_where_it_writes_before_the_work(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    monkeypatch.setattr("scripts.evaluate.load_split_data", refuse_work)
+    with pytest.raises(UserError, match=r"cannot be written \(Is a directory\)"):
+        project.evaluate(flag, tmp_path)
+
+
+def refuse_work(*_: object, **__: object) -> None:
+    raise AssertionError("work before the check")
+
+
+@pytest.mark.parametrize("fresh", [[], ["--fresh"]])
+def test_train_checks_its_runs_folder_before_the_work(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: list[str]
+) -> None:
+    monkeypatch.setattr("common.workflow.load_data", refuse_work)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/tiny/.*: cannot be written \(Not a directory\)"):
+        replace(project, runs=tmp_path / "file").train(*fresh)
+    with pytest.raises(AssertionError):  # and makes none where it may
+        replace(project, runs=tmp_path / "new").train(*fresh)
+    assert not (tmp_path / "new").exists()
+
+
+def test_preparing_checks_the_splits_first_and_does_without_a_test(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_collection(tmp_path / "collection", FILLER[:9], queries=32)
+    (data / "qrels" / "test.tsv").rename(data / "qrels" / "dev.tsv")
+    argv = ["--config", project.recipe, "--data", data]
+    said = run("prepare_data", *argv, "--no-evaluate-test")
+    assert "candidates: dev by bm25, dense, rrf" in said and "candidates: test" not in said
+    monkeypatch.setattr("scripts.prepare_data.prepare", refuse_work)
+    with pytest.raises(UserError, match=r"no split 'test'; it has dev, train.*--no-evaluate-test"):
+        run("prepare_data", *argv)
 
 
 def test_without_an_encoder_there_is_bm25_only(project: Project) -> None:

@@ -67,7 +67,9 @@ def test_positives_can_be_held_to_what_the_first_stage_finds(data: RankingData) 
 def test_queries_that_cannot_teach_are_dropped_and_counted(data: RankingData) -> None:
     _, dropped = build_lists(data, "train", RUN, pool_size=5)
     assert dropped == {NO_POSITIVE: 1, NO_NEGATIVE: 1}
-    with pytest.raises(UserError, match="no training list in split 'train'"):
+    with pytest.raises(
+        UserError, match=r"no training list in split 'train' .*draw from others: --data\.negatives"
+    ):
         build_lists(data, "train", {}, pool_size=5)
 
 

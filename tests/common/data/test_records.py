@@ -78,7 +78,7 @@ def test_qrels_of_an_unknown_query_are_refused() -> None:
 def test_split_without_a_positive_is_refused(qrels: dict[str, dict[str, int]]) -> None:
     with pytest.raises(UserError, match="split 'dev': no query has a passage with a grade above 0") as caught:
         replace(small_data(), qrels={"dev": qrels}).validate()
-    assert "on_bad_row" not in str(caught.value)  # leaving rows out gives no positive
+    assert "on-bad-row" not in str(caught.value)  # leaving rows out gives no positive
 
 
 def test_queries_of_the_same_words_in_two_splits_are_counted() -> None:
@@ -155,7 +155,7 @@ def test_bad_row_is_reported_with_file_and_line(tmp_path: Path, row: Any, what: 
     with pytest.raises(UserError) as caught:
         parse_triples(path)
     assert f"{path}:3: {what}" in str(caught.value)
-    assert "on_bad_row=skip" in str(caught.value)
+    assert "--data.on-bad-row skip" in str(caught.value)
 
 
 def test_all_bad_rows_are_reported_up_to_twenty(tmp_path: Path) -> None:

@@ -180,12 +180,36 @@ def test_bad_rows_are_counted_when_skipped(beir: Path) -> None:
     assert data.dropped == {"empty passage": 1, "judgement of an unknown id": 2}
 
 
+@pytest.mark.parametrize("name, what", [("corpus", "corpus is"), ("queries", "queries are")])
+def test_a_file_without_texts_is_said_to_be_empty(beir: Path, name: str, what: str) -> None:
+    (beir / f"{name}.jsonl").write_text("\n")
+    with pytest.raises(UserError, match=rf"^{beir}/{name}\.jsonl: the {what} empty\.") as caught:
+        load_ranking_data(str(beir))
+    assert "unknown" not in str(caught.value)
+    (beir / f"{name}.jsonl").write_text('{"text": "no id"}\n')  # not empty: what is wrong is in its rows
+    with pytest.raises(UserError, match=rf"{name}\.jsonl:1: expected an object"):
+        load_ranking_data(str(beir))
+
+
+def test_two_files_of_one_split_are_refused(beir: Path) -> None:
+    for name in ("dev", "valid"):
+        write_qrels(beir, name, ["q1\td1\t1"])
+    with pytest.raises(UserError, match=r"qrels/dev\.tsv and .*qrels/valid\.tsv: both .* split 'dev'"):
+        load_ranking_data(str(beir))
+    for path in (beir / "qrels").iterdir():
+        path.unlink()
+    for name in ("test.qrels", "qrels.txt"):
+        (beir / name).write_text("q40 0 t 3\n")
+    with pytest.raises(UserError, match=r"/test\.qrels and .*/qrels\.txt: both .* split 'test'"):
+        load_ranking_data(str(beir))
+
+
 def test_judgements_of_unknown_documents_are_refused(beir: Path) -> None:
     write_qrels(beir, "test", ["q40\tt\t1", "q40\tlost\t1", "q99\tt\t1", *["q40\tgone\t1"] * 20])
     with pytest.raises(UserError) as caught:
         load_ranking_data(str(beir))
     message, file = str(caught.value), beir / "qrels" / "test.tsv"
-    assert message.startswith("22 bad row(s)") and "and 2 more" in message and "on_bad_row=skip" in message
+    assert message.startswith("22 bad row(s)") and "and 2 more" in message and " --on-bad-row skip" in message
     assert f"{file}:3: unknown document 'lost'" in message and f"{file}:4: unknown query 'q99'" in message
 
 
@@ -310,7 +334,7 @@ def test_bad_run_lines_are_reported(tmp_path: Path) -> None:
     assert f"{path}:2: expected `query Q0 passage rank score tag`" in message
     assert f"{path}:3: expected" in message
     assert f"{path}:4: passage 'a' twice for query 'q'" in message
-    assert "on_bad_row" not in message  # a run is read whole or not at all
+    assert "on-bad-row" not in message  # a run is read whole or not at all
 
 
 def test_judgement_files_of_both_forms(tmp_path: Path) -> None:

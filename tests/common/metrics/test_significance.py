@@ -10,10 +10,17 @@ from common.metrics.significance import bootstrap_interval, paired_randomisation
 
 def test_the_p_value_is_the_share_of_sign_flips_at_least_as_extreme() -> None:
     rng = np.random.default_rng(3)
-    a, b = rng.normal(0.4, 1, 10), np.zeros(10)
-    sums = [abs(np.dot(signs, a)) for signs in itertools.product((-1, 1), repeat=10)]
-    exact = np.mean(np.array(sums) >= abs(a.sum()) - 1e-12)
-    assert paired_randomisation(a, b, n=20_000, seed=1) == pytest.approx(exact, abs=0.015)
+    for queries, tolerance in ((1, 0.0), (5, 0.0), (13, 0.0), (14, 0.015)):  # beyond 13 a sample of the flips
+        a, b = rng.normal(0.4, 1, queries), np.zeros(queries)
+        sums = np.array(list(itertools.product((-1, 1), repeat=queries))) @ a
+        exact = np.mean(np.abs(sums) >= abs(a.sum()) - 1e-12)
+        assert paired_randomisation(a, b, n=20_000, seed=1) == pytest.approx(exact, abs=tolerance)
+
+
+def test_few_queries_never_give_less_than_two_of_all_flips() -> None:
+    for queries in (1, 2, 5, 13):
+        better = np.linspace(0.1, 0.7, queries)
+        assert paired_randomisation(better, np.zeros(queries)) == 2 / 2**queries
 
 
 def test_equal_systems_give_one_and_the_order_does_not_matter() -> None:

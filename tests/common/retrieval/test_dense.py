@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 
@@ -71,9 +72,57 @@ def test_the_corpus_is_embedded_once_per_model_and_data(data: RankingData, tmp_p
 def test_a_broken_vector_file_is_named(data: RankingData, tmp_path: Path) -> None:
     dense_run(data.corpus, data.queries, LetterCounts(), 5, tmp_path, data.fingerprint)
     (path,) = tmp_path.glob("passages-*.npy")
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(UserError, match=f"{path.name}.*Delete it"):
+    path.write_bytes(b"no array" + path.read_bytes())  # NumPy takes it for a pickle
+    with pytest.raises(UserError, match=f"{path.name}: a broken cache file. Delete it"):
         dense_run(data.corpus, data.queries, LetterCounts(), 5, tmp_path, data.fingerprint)
+
+
+class Damaged(LetterCounts):
+    """Knows no number for a text with the word "bad"."""
+
+    def encode(self, texts: Sequence[str], *, kind: str) -> np.ndarray:
+        vectors = super().encode(texts, kind=kind)
+        vectors[["bad" in text for text in texts]] = np.nan
+        return vectors
+
+
+@pytest.mark.parametrize("kind", ["passage", "query"])
+def test_vectors_that_are_not_finite_are_refused_and_not_kept(kind: str, tmp_path: Path) -> None:
+    corpus = {"a": "good", "b": "bad passage" if kind == "passage" else "fine"}
+    queries = {"q": "bad query" if kind == "query" else "fine"}
+    message = rf"letters: 1 of \d {kind} vectors are not finite, the first of 'bad {kind}'"
+    with pytest.raises(UserError, match=message):
+        dense_run(corpus, queries, Damaged(), 2, tmp_path / kind, "corpus-1")
+    assert [file.name for file in tmp_path.rglob("passages-*")] == (
+        [] if kind == "passage" else ["passages-corpus-1-letters-1.npy"]
+    )
+
+
+def test_kept_vectors_that_are_not_finite_are_not_used(data: RankingData, tmp_path: Path) -> None:
+    args = (data.corpus, data.queries, LetterCounts(), 5, tmp_path, data.fingerprint)
+    dense_run(*args)
+    (path,) = tmp_path.glob("passages-*.npy")
+    vectors = np.load(path)
+    vectors[3, 4] = np.nan
+    np.save(path, vectors)
+    with pytest.raises(UserError, match=f"{path.name}.*finite.*Delete it"):
+        dense_run(*args)
+
+
+def test_places_that_the_search_could_not_fill_are_no_passages(
+    data: RankingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = faiss.IndexFlatIP.search
+
+    def too_few(self: faiss.IndexFlatIP, vectors: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
+        scores, places = search(self, vectors.astype(np.float32), depth)
+        places[:, -1], scores[:, -1] = -1, np.finfo(np.float32).min
+        return scores, places
+
+    monkeypatch.setattr(faiss.IndexFlatIP, "search", too_few)
+    run = dense_run(data.corpus, data.queries, LetterCounts(), depth=5)
+    assert {len(passages) for passages in run.values()} == {4}
+    assert min(min(passages.values()) for passages in run.values()) >= 0
 
 
 def test_first_stages_are_computed_once(data: RankingData, tmp_path: Path) -> None:
