@@ -42,6 +42,7 @@ GROUP_LIMIT = 60  # passages of one group
 # chosen so that standard modules and packages are spread over the splits
 SPLIT_SALT = "pydocs-13:"
 QUERY_LIMITS = {"test": 300, "dev": 200}  # judged queries; the passages stay in the corpus
+FEWEST_CHARACTERS = 200_000  # of running text to train a language model on
 FEWEST = {"train": 200, "dev": 30, "test": 60}
 
 
@@ -82,6 +83,31 @@ def build_pydocs() -> RankingData:
         qrels=qrels,
         dropped=dict(dropped),
     ).validate()
+
+
+def pydocs_texts() -> dict[str, dict[str, str]]:
+    """Split -> module group -> its documentation as running text, each docstring once; for language models.
+
+    A docstring stands behind its qualified name and signature. Raises UserError when there is too little.
+    """
+    seen: set[str] = set()
+    texts: dict[str, dict[str, list[str]]] = {split: defaultdict(list) for split in ("train", "dev", "test")}
+    for docstring in _docstrings(Counter()):
+        text = inspect.cleandoc(docstring.text).strip()
+        key = _key(text)[:400]
+        if len(text.split()) < BODY_WORDS[0] or key in seen:
+            continue
+        seen.add(key)
+        group = _group(docstring.name)
+        where = docstring.name.rpartition(".")[0]
+        texts[_split(group)][group].append(f"{where}: {docstring.signature}\n\n{text}\n\n")
+    found = {split: {group: "".join(parts) for group, parts in items.items()} for split, items in texts.items()}
+    if sum(len(text) for text in found["train"].values()) < FEWEST_CHARACTERS:
+        raise UserError(
+            f"pydocs: fewer than {FEWEST_CHARACTERS:,} characters of documentation are on this machine. Use an "
+            "interpreter with its .py files, or name other data (a .txt file)."
+        )
+    return found
 
 
 def _check_sizes(qrels: dict[str, Qrels]) -> None:
