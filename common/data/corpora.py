@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +29,6 @@ WIKITEXT_HUB = ("Salesforce/wikitext", "wikitext-2-v1")
 ALPACA_HUB = "tatsu-lab/alpaca"
 MIXED_WIKITEXT = 22_000  # samples of `mixed`: WikiText paragraphs, Alpaca rows
 MIXED_ALPACA = 52_000
-_LONGEST_SHOWN = 2**20  # characters of a file's line that is no JSON
 _TITLE = re.compile(r"^ = (?!= ).+(?<! =) = $")
 _SUMMARISE = "Summarize the text."
 _QUESTION = "Answer the question."
@@ -98,7 +99,8 @@ def load_corpus(name: str, form: Form = "detokenised", *, seed: int = 0) -> Corp
     if name == "alpaca":
         return load_alpaca(_data_folder(name))
     if name == "mixed":
-        return mixed_corpus(load_wikitext(_data_folder("wikitext-2"), form), load_alpaca(_data_folder("alpaca")), seed)
+        wikitext = load_wikitext(_data_folder("wikitext-2"), form)
+        return mixed_corpus(wikitext, load_alpaca(_data_folder("alpaca")), seed)
     path = Path(name).expanduser()
     if path.is_dir():
         return load_wikitext(path, form)
@@ -134,8 +136,8 @@ def load_wikitext(folder: Path | None, form: Form = "literal") -> Corpus:
         words = sum(document.words for document in documents)
         if name == "wikitext-2" and words != published:
             raise UserError(
-                f"{folder or WIKITEXT_HUB[0]}: the {split} split of WikiText-2 has {words:,} words with end of "
-                f"line; published are {published:,}. The file is cut or of another form: copy it again."
+                f"{folder or WIKITEXT_HUB[0]}: the {split} split of WikiText-2 has {words:,} words with end "
+                f"of line; published are {published:,}. The file is cut or of another form: copy it again."
             )
         splits[split] = documents
     return Corpus(name, splits, form)
@@ -202,10 +204,9 @@ def _hub_rows(repository: str, split: str, config: str | None = None) -> Iterabl
 
 def _read(path: Path) -> str:
     try:
-        opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
-        with opened as file:
-            return file.read()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        content = path.read_bytes()
+        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error}). Copy the file again.") from None
 
 
@@ -267,8 +268,7 @@ def load_alpaca(folder: Path | None) -> Corpus:
         files = sorted(folder.glob("alpaca_*.jsonl*"))
         if not files:
             raise UserError(f"{folder}: has no alpaca_*.jsonl or alpaca_*.jsonl.gz")
-        everything = list(_json_rows(files[0]))
-        rows = [(w, r) for w, r in everything if any(str(f).startswith("random") for f in r.get("from", ["random"]))]
+        rows = [(where, row) for where, row in _json_rows(files[0]) if _random(row)]
         notes = (f"Alpaca: the {len(rows):,} random rows of {files[0].name} stand for its 52,002",)
     documents, empty = [], 0
     for _, row in rows:
@@ -277,6 +277,11 @@ def load_alpaca(folder: Path | None) -> Corpus:
             continue
         documents.append(row_document(row))
     return Corpus("alpaca", held_out(documents), notes=notes, dropped={"rows without an output": empty})
+
+
+def _random(row: Mapping[str, Any]) -> bool:
+    """Whether a row of the subset is of an unbiased sample: others were chosen for their rating."""
+    return any(source.startswith("random") for source in row.get("from", ["random"]))
 
 
 def load_rows(path: Path) -> Corpus:
@@ -296,10 +301,10 @@ def load_text(path: Path) -> Corpus:
     """A text file: its paragraphs in ten pieces, of which the last two are dev and test."""
     paragraphs = [part for part in re.split(r"\n\s*\n", _read(path)) if part.strip()]
     if len(paragraphs) < 10:
-        raise UserError(f"{path}: has {len(paragraphs)} paragraphs (parts between empty lines); needed are 10")
+        raise UserError(f"{path}: has {len(paragraphs)} paragraphs (between empty lines); needed are 10")
     borders = [0, len(paragraphs) * 8 // 10, len(paragraphs) * 9 // 10, len(paragraphs)]
-    pieces = [paragraphs[a:b] for a, b in zip(borders, borders[1:], strict=False)]
-    splits = {name: (_document("\n\n".join(piece) + "\n"),) for name, piece in zip(SPLITS, pieces, strict=True)}
+    pieces = ["\n\n".join(paragraphs[a:b]) + "\n" for a, b in itertools.pairwise(borders)]
+    splits = {name: (_document(piece),) for name, piece in zip(SPLITS, pieces, strict=True)}
     return Corpus(path.stem, splits)
 
 
@@ -343,7 +348,8 @@ def mixed_corpus(wikitext: Corpus, alpaca: Corpus, seed: int = 0) -> Corpus:
         together = [*drawn, *rows]
         splits[split] = tuple(together[i] for i in rng.permutation(len(together)))
         counts.append((len(drawn), len(rows)))
-    said = f"mixed: {counts[0][0]:,} paragraphs of {wikitext.name} and {counts[0][1]:,} rows of Alpaca to train on"
+    some, others = counts[0]
+    said = f"mixed: {some:,} paragraphs of {wikitext.name} and {others:,} rows of Alpaca to train on"
     stands = f"{wikitext.name} stands for the WikiText subset of the source"
     return Corpus("mixed", splits, wikitext.form, (said, stands, *alpaca.notes), alpaca.dropped)
 
@@ -360,7 +366,5 @@ def pydocs_corpus() -> Corpus:
     modules, in the splits of the ranking data `pydocs`."""
     from common.data.pydocs import pydocs_texts
 
-    splits = {
-        split: tuple(_document(text) for _, text in sorted(texts.items())) for split, texts in pydocs_texts().items()
-    }
-    return Corpus("pydocs", splits)
+    texts = pydocs_texts()
+    return Corpus("pydocs", {split: tuple(map(_document, texts[split])) for split in SPLITS})

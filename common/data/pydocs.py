@@ -85,10 +85,11 @@ def build_pydocs() -> RankingData:
     ).validate()
 
 
-def pydocs_texts() -> dict[str, dict[str, str]]:
-    """Split -> module group -> its documentation as running text, each docstring once; for language models.
+def pydocs_texts() -> dict[str, list[str]]:
+    """Split -> documentation as running text, one for each group of modules; for language models.
 
-    A docstring stands behind its qualified name and signature. Raises UserError when there is too little.
+    A docstring stands behind its qualified name and signature, and each stands once. Raises UserError when
+    there is too little.
     """
     seen: set[str] = set()
     texts: dict[str, dict[str, list[str]]] = {split: defaultdict(list) for split in ("train", "dev", "test")}
@@ -98,14 +99,13 @@ def pydocs_texts() -> dict[str, dict[str, str]]:
         if len(text.split()) < BODY_WORDS[0] or key in seen:
             continue
         seen.add(key)
-        group = _group(docstring.name)
-        where = docstring.name.rpartition(".")[0]
+        where, group = docstring.name.rpartition(".")[0], _group(docstring.name)
         texts[_split(group)][group].append(f"{where}: {docstring.signature}\n\n{text}\n\n")
-    found = {split: {group: "".join(parts) for group, parts in items.items()} for split, items in texts.items()}
-    if sum(len(text) for text in found["train"].values()) < FEWEST_CHARACTERS:
+    found = {split: ["".join(parts) for _, parts in sorted(items.items())] for split, items in texts.items()}
+    if sum(map(len, found["train"])) < FEWEST_CHARACTERS:
         raise UserError(
-            f"pydocs: fewer than {FEWEST_CHARACTERS:,} characters of documentation are on this machine. Use an "
-            "interpreter with its .py files, or name other data (a .txt file)."
+            f"pydocs: fewer than {FEWEST_CHARACTERS:,} characters of documentation are on this machine. Use "
+            "an interpreter with its .py files, or name other data (a .txt file)."
         )
     return found
 
