@@ -51,7 +51,7 @@ def test_what_was_written_is_read_and_counts_neither_unknown_words_nor_prompts(
     answer = train.document(0)
     counted = tokenizer.decode(train.ids[answer][train.counted[answer]])
     assert counted == "Ünï two\nthree "
-    assert train.words.tolist() == [5 - 1, 4 - 1]
+    assert train.words.tolist() == [6 - 1, 4 - 1]
     assert train.bytes.tolist() == [len("Ünï two\nthree ".encode()), len("plain  text\n")]
     whole = write_tokens(corpus, tokenizer, tmp_path, mask_unknown=False, mask_prompt=False)
     everything = read_tokens(whole, "train")
