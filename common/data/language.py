@@ -53,6 +53,7 @@ class LanguageBatch:
     input_ids: np.ndarray  # int32 [B, K, S]
     labels: np.ndarray  # int32 [B, K, S]: the next token
     mask: np.ndarray  # bool [B, K, S]: whether that one is counted
+    segments: np.ndarray  # int32 [B, K, S]: number of the document within the segment, 0 at padding
     reset: np.ndarray  # bool [B, K]: memory is empty when this segment begins
     row_index: np.ndarray  # int32 [B]: which row or stream of the epoch (evaluation: which document, -1 none)
 
@@ -81,7 +82,8 @@ def write_tokens(
     mask_unknown: bool,
     mask_prompt: bool,
 ) -> Path:
-    """Write the splits of a corpus that are not empty to a folder of `directory` named by content and settings; return it."""
+    """Write a corpus to a folder of `directory` named by content and settings, and return it; splits without a
+    document are left out."""
     settings = (corpus.fingerprint, tokenizer.fingerprint(), mask_unknown, mask_prompt)
     place = directory / hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
     builder = functools.partial(_builder_class(), corpus, tokenizer, mask_unknown, mask_prompt)
@@ -193,22 +195,24 @@ class _Planned:
 
 def _cut(
     ids: np.ndarray, counted: np.ndarray, start: int, stop: int, size: int, end: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """input_ids, labels, mask [size] of ids[start:stop], filled up with what is not counted."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """input_ids, labels, mask, segments [size] of ids[start:stop], filled up with what is not counted."""
     stop = min(stop, start + size + 1)
     shown = max(0, stop - start - 1)  # positions with a next token
     inputs, labels = np.full(size, end, np.int32), np.full(size, end, np.int32)
     mask = np.zeros(size, bool)
     inputs[:shown], labels[:shown] = ids[start : start + shown], ids[start + 1 : stop]
     mask[:shown] = counted[start + 1 : stop]
-    return inputs, labels, mask
+    segments = np.zeros(size, np.int32)
+    segments[:shown] = np.cumsum(inputs[:shown] == end) + 1
+    return inputs, labels, mask, segments
 
 
 class PackedRows(_Planned):
     """Documents shuffled, joined by their ends, and cut into rows of `segment` tokens: for Indra.
 
-    A row may hold parts of several documents. An epoch holds every token once, less the rows of an incomplete
-    batch, others each epoch. Raises UserError when there are fewer rows than a batch holds.
+    A row may hold parts of several documents, told apart by `segments`. An epoch holds every token once, less
+    the rows of an incomplete batch, others each epoch. Raises UserError when there are fewer rows than a batch holds.
     """
 
     def __init__(self, documents: TokenDocuments, segment: int, batch_size: int, end: int, seed: int) -> None:
@@ -231,8 +235,8 @@ class PackedRows(_Planned):
         rows = order[position * self.batch_size : (position + 1) * self.batch_size]
         size = self.segment
         parts = [_cut(ids, counted, row * size, len(ids), size, self.end) for row in map(int, rows)]
-        inputs, labels, mask = (np.stack(part)[:, None] for part in zip(*parts, strict=True))
-        return LanguageBatch(inputs, labels, mask, np.ones((len(rows), 1), bool), rows.astype(np.int32))
+        columns = [np.stack(part)[:, None] for part in zip(*parts, strict=True)]
+        return LanguageBatch(*columns, np.ones((len(rows), 1), bool), rows.astype(np.int32))
 
 
 class Streams(_Planned):
@@ -277,6 +281,7 @@ class Streams(_Planned):
         shape, length = (self.batch_size, self.unroll), len(self) * self.unroll  # segments of a stream
         inputs, labels = (np.full((*shape, self.segment), self.end, np.int32) for _ in range(2))
         mask, reset = np.zeros((*shape, self.segment), bool), np.ones(shape, bool)
+        segments = np.zeros((*shape, self.segment), np.int32)
         for row, k in np.ndindex(shape):
             place = position * self.unroll + k
             number = row * length + place
@@ -284,9 +289,10 @@ class Streams(_Planned):
                 continue
             start, stop = table[number]
             cut = _cut(self._ids, self._counted, start, stop, self.segment, self.end)
-            inputs[row, k], labels[row, k], mask[row, k] = cut
+            inputs[row, k], labels[row, k], mask[row, k], segments[row, k] = cut
             reset[row, k] = first[number] or place == 0
-        return LanguageBatch(inputs, labels, mask, reset, np.arange(self.batch_size, dtype=np.int32))
+        streams = np.arange(self.batch_size, dtype=np.int32)
+        return LanguageBatch(inputs, labels, mask, segments, reset, streams)
 
     def _groups(self) -> Iterator[list[int]]:
         """Documents that share segments: one of its own where it fills a segment, else several."""
@@ -364,18 +370,16 @@ def _window_batch(
         place = documents.document(index)
         ids = np.concatenate(([end], documents.ids[place]))
         counted = np.concatenate(([False], documents.counted[place]))
-        inputs, labels, mask = _cut(ids, counted, start, len(ids), segment, end)
+        inputs, labels, mask, shown = _cut(ids, counted, start, len(ids), segment, end)
         if item is None:
             mask[:] = False
         elif start:
             mask[: segment - stride] = False  # the window before counted these
-        parts.append((inputs, labels, mask))
+        parts.append((inputs, labels, mask, shown))
         reset.append(item is None or not carry or start == 0)
         numbers.append(-1 if item is None else index)
-    inputs, labels, mask = (np.stack(part)[:, None] for part in zip(*parts, strict=True))
-    return LanguageBatch(
-        inputs, labels, mask, np.asarray(reset, bool)[:, None], np.asarray(numbers, np.int32)
-    )
+    columns = [np.stack(part)[:, None] for part in zip(*parts, strict=True)]
+    return LanguageBatch(*columns, np.asarray(reset, bool)[:, None], np.asarray(numbers, np.int32))
 
 
 def _too_small(have: int, what: str, wanted: int) -> UserError:

@@ -85,6 +85,8 @@ def test_packed_rows_show_every_token_once_an_epoch_in_an_order_of_its_own() -> 
             assert batch.input_ids.shape == (3, 1, 8) and batch.reset.all()
             shown = batch.mask[..., 1:] & batch.mask[..., :-1]
             assert (batch.input_ids[..., 1:] == batch.labels[..., :-1])[shown].all()
+            begins = (batch.input_ids == END)[..., 1:] & (batch.segments[..., 1:] > 0)
+            assert (np.diff(batch.segments) == begins)[batch.segments[..., 1:] > 0].all()
         epochs.append(labels.tolist())
     assert epochs[0] != epochs[1]
 
