@@ -21,6 +21,7 @@ from common.errors import UserError
 from common.language_text import LanguageTokenizer
 
 WHAT = "the tokens of a corpus"
+_Row = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 _UNKNOWN_BYTES = len(UNKNOWN.encode())
 
 
@@ -82,8 +83,10 @@ def write_tokens(
     mask_unknown: bool,
     mask_prompt: bool,
 ) -> Path:
-    """Write a corpus to a folder of `directory` named by content and settings, and return it; splits without a
-    document are left out."""
+    """Write a corpus to a folder of `directory` named by content and settings, and return it.
+
+    Splits without a document are left out.
+    """
     settings = (corpus.fingerprint, tokenizer.fingerprint(), mask_unknown, mask_prompt)
     place = directory / hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
     builder = functools.partial(_builder_class(), corpus, tokenizer, mask_unknown, mask_prompt)
@@ -193,9 +196,7 @@ class _Planned:
         return np.concatenate(ids), np.concatenate(counted)
 
 
-def _cut(
-    ids: np.ndarray, counted: np.ndarray, start: int, stop: int, size: int, end: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _cut(ids: np.ndarray, counted: np.ndarray, start: int, stop: int, size: int, end: int) -> _Row:
     """input_ids, labels, mask, segments [size] of ids[start:stop], filled up with what is not counted."""
     stop = min(stop, start + size + 1)
     shown = max(0, stop - start - 1)  # positions with a next token
@@ -208,11 +209,18 @@ def _cut(
     return inputs, labels, mask, segments
 
 
+def _stacked(parts: Sequence[_Row]) -> _Row:
+    """Rows as columns of a batch, K = 1."""
+    inputs, labels, mask, segments = (np.stack(part)[:, None] for part in zip(*parts, strict=True))
+    return inputs, labels, mask, segments
+
+
 class PackedRows(_Planned):
     """Documents shuffled, joined by their ends, and cut into rows of `segment` tokens: for Indra.
 
     A row may hold parts of several documents, told apart by `segments`. An epoch holds every token once, less
-    the rows of an incomplete batch, others each epoch. Raises UserError when there are fewer rows than a batch holds.
+    the rows of an incomplete batch, others each epoch. Raises UserError when there are fewer rows than a
+    batch holds.
     """
 
     def __init__(self, documents: TokenDocuments, segment: int, batch_size: int, end: int, seed: int) -> None:
@@ -235,8 +243,9 @@ class PackedRows(_Planned):
         rows = order[position * self.batch_size : (position + 1) * self.batch_size]
         size = self.segment
         parts = [_cut(ids, counted, row * size, len(ids), size, self.end) for row in map(int, rows)]
-        columns = [np.stack(part)[:, None] for part in zip(*parts, strict=True)]
-        return LanguageBatch(*columns, np.ones((len(rows), 1), bool), rows.astype(np.int32))
+        inputs, labels, mask, segments = _stacked(parts)
+        reset = np.ones((len(rows), 1), bool)
+        return LanguageBatch(inputs, labels, mask, segments, reset, rows.astype(np.int32))
 
 
 class Streams(_Planned):
@@ -378,8 +387,8 @@ def _window_batch(
         parts.append((inputs, labels, mask, shown))
         reset.append(item is None or not carry or start == 0)
         numbers.append(-1 if item is None else index)
-    columns = [np.stack(part)[:, None] for part in zip(*parts, strict=True)]
-    return LanguageBatch(*columns, np.asarray(reset, bool)[:, None], np.asarray(numbers, np.int32))
+    began = np.asarray(reset, bool)[:, None]
+    return LanguageBatch(*_stacked(parts), began, np.asarray(numbers, np.int32))
 
 
 def _too_small(have: int, what: str, wanted: int) -> UserError:
