@@ -301,7 +301,7 @@ class RerankerConfig:
 
     def validate(self) -> RerankerConfig:
         """Return self, or raise a UserError that lists every field out of range."""
-        if misfits := list(_misfits(self)):
+        if misfits := list(misfits_of(self)):
             raise UserError("setting of the wrong kind: " + "; ".join(misfits))
         q, d, t, e, r = self.quantum, self.data, self.train, self.evaluation, self.retrain
         width, head = self.model.complex_width, self.model.head
@@ -444,13 +444,13 @@ class RunOptions:
     """Which of them this one is, from 0."""
 
 
-def _misfits(config: Any, prefix: str = "") -> Iterator[str]:
+def misfits_of(config: Any, prefix: str = "") -> Iterator[str]:
     """What is wrong with the types and choices of a config's fields: a recipe is code that nothing checks."""
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), prefix + field.name
         if dataclasses.is_dataclass(value):
-            yield from _misfits(value, name + ".")
+            yield from misfits_of(value, name + ".")
         elif not _fits(value, hints[field.name]):
             choices = [repr(choice) for hint in _alternatives(hints[field.name]) for choice in _choices(hint)]
             near = difflib.get_close_matches(repr(value), choices, n=1)
@@ -500,7 +500,14 @@ def _increasing(values: Sequence[int]) -> bool:
     return bool(values) and values[0] >= 8 and all(a < b for a, b in itertools.pairwise(values))
 
 
-def load_recipe(path: str, preset: str | None = None) -> RerankerConfig:
+def recipe_kinds() -> tuple[type, ...]:
+    """Every class that a recipe may return."""
+    from common.config_language import LANGUAGE_RECIPES  # which is written with this module's checks
+
+    return (RerankerConfig, *LANGUAGE_RECIPES)
+
+
+def load_recipe(path: str, preset: str | None = None) -> Any:
     """The config that a recipe file returns from `get_config(preset)`; a UserError names what is wrong."""
     file = Path(path)
     if not file.is_file():
@@ -526,7 +533,7 @@ def _explained(file: Path) -> Iterator[None]:
         yield
     except (SyntaxError, ImportError, NameError, TypeError, AttributeError) as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        known = sorted(_field_names(RerankerConfig))
+        known = sorted(set().union(*map(_field_names, recipe_kinds())))
         ends = {name.rsplit(".", 1)[-1]: name for name in known}
         near = _nearest(unknown[1], ends, 0.6) if unknown else None
         hint = f"; did you mean {ends[near]}?" if near else ""
@@ -552,16 +559,33 @@ def parse_command(
     argv: Sequence[str] | None = None,
     options: type[Options] = RunOptions,  # type: ignore[assignment]
 ) -> tuple[RerankerConfig, Options]:
-    """Read `--config FILE [--preset P] [--field.name value ...]` into a validated config and run options.
+    """parse_recipe for a command that is about rerankers; UserError for another kind of recipe."""
+    config, given = parse_recipe(description, argv, options)
+    if not isinstance(config, RerankerConfig):
+        raise UserError(
+            f"--config: {config.name} is the recipe of a {type(config).__name__}, and this command is for "
+            "rerankers: name a recipe such as configs/quantum_resonance.py"
+        )
+    return config, given
+
+
+def parse_recipe(
+    description: str,
+    argv: Sequence[str] | None = None,
+    options: type[Options] = RunOptions,  # type: ignore[assignment]
+    config_path: str | None = "configs/quantum_resonance.py",
+) -> tuple[Any, Options]:
+    """Read `--config FILE [--preset P] [--field.name value ...]` into a validated recipe and run options.
 
     `--data X` is short for `--data.name X`. `options` is a dataclass of the command's own flags.
     """
     import tyro
 
     argv = [_spelled_out(word) for word in (sys.argv[1:] if argv is None else argv)]
-    config_path, argv = _take(argv, "--config", "configs/quantum_resonance.py")
+    config_path, argv = _take(argv, "--config", config_path)
     preset, argv = _take(argv, "--preset", None)
-    assert config_path is not None
+    if config_path is None:
+        raise UserError("--config FILE is missing: a recipe of configs/")
     default = load_recipe(config_path, preset)
     command = dataclasses.make_dataclass(
         "Command",
@@ -569,7 +593,7 @@ def parse_command(
             ("run", Annotated[options, tyro.conf.arg(name="")], dataclasses.field(default=options())),
             (
                 "settings",
-                Annotated[type(default), tyro.conf.arg(name="")],
+                Annotated[type(default), tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands],
                 dataclasses.field(default=default),
             ),
         ],

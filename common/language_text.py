@@ -84,9 +84,10 @@ class LanguageTokenizer:
         text: str = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=not special)
         return text
 
-    def token_bytes(self) -> list[str]:
-        """The spelling of each id, as the vocabulary has it."""
-        return [self._tokenizer.id_to_token(i) or "" for i in range(self.vocab_size)]
+    def vocabulary(self) -> dict[str, int]:
+        """Each token's spelling and its id."""
+        found: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        return found
 
     def save(self, directory: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, from which transformers loads the same."""

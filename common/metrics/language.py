@@ -41,7 +41,8 @@ class Perplexity:
         """The three numbers with their errors, for a terminal."""
         return (
             f"perplexity {self.token:.2f} ± {self.token_se:.2f} a token, "
-            f"{self.word:.2f} ± {self.word_se:.2f} a word, {self.bits_per_byte:.4f} ± {self.bits_per_byte_se:.4f} bits a byte "
+            f"{self.word:.2f} ± {self.word_se:.2f} a word, "
+            f"{self.bits_per_byte:.4f} ± {self.bits_per_byte_se:.4f} bits a byte "
             f"({self.tokens:,} tokens, {self.words:,} words, {self.documents:,} documents)"
         )
 
