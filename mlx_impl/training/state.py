@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -17,12 +17,23 @@ from mlx.utils import tree_flatten
 
 from common.checkpoint import check_keys, read_json, read_tensors, to_json, write_file
 from common.errors import UserError
-from mlx_impl.training.step import TrainState
 
 KEPT = 2
-_PARTS = ("model.safetensors", "optimizer.safetensors")  # in the order of TrainState.arrays
+# in the order of `arrays`, of which a reranker's TrainState has two
+_PARTS = ("model.safetensors", "optimizer.safetensors", "memory.safetensors", "average.safetensors")
 _NOTES_FILE = "notes.json"
 _PARTIAL = ".partial-"
+
+
+class Stepped(Protocol):
+    """Trees of arrays that know how many steps they have taken: mlx_impl.training.step.TrainState."""
+
+    @property
+    def step(self) -> mx.array: ...
+    def arrays(self) -> list[Any]: ...
+
+
+State = TypeVar("State", bound=Stepped)
 
 
 class StateFolder:
@@ -37,7 +48,7 @@ class StateFolder:
         """The last whole step, None in a new run."""
         return max(self._steps(), default=None)
 
-    def save(self, state: TrainState, notes: dict[str, Any]) -> None:
+    def save(self, state: Stepped, notes: dict[str, Any]) -> None:
         """Write the state of its step; a broken write leaves the earlier ones whole (UserError)."""
         step = int(state.step)
         if step == self.latest():
@@ -45,7 +56,7 @@ class StateFolder:
         partial = self.directory / f"{_PARTIAL}{step}"
         try:
             partial.mkdir(parents=True)
-            for name, tree in zip(_PARTS, state.arrays(), strict=True):
+            for name, tree in zip(_PARTS, state.arrays(), strict=False):
                 write_file(partial / name, _tensor_bytes(tree))
             write_file(partial / _NOTES_FILE, to_json(notes))
             _sync(partial)
@@ -61,15 +72,17 @@ class StateFolder:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def load(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def load(self, like: State) -> tuple[State, dict[str, Any]]:
         """The latest state, put into `like`, and its notes. UserError when it does not fit `like`."""
         step = self.latest()
         assert step is not None
         folder = self.directory / str(step)
         try:
             notes = read_json(folder / _NOTES_FILE)
-            found = [read_tensors(folder / name) for name in _PARTS]
-            for tensors, tree, name in zip(found, like.arrays(), _PARTS, strict=True):
+            trees = like.arrays()
+            parts = _PARTS[: len(trees)]
+            found = [read_tensors(folder / name) for name in parts]
+            for tensors, tree, name in zip(found, trees, parts, strict=True):
                 expected = {key: tuple(value.shape) for key, value in _leaves(tree).items()}
                 shapes = {key: value.shape for key, value in tensors.items()}
                 check_keys(expected, shapes, where=folder / name)
@@ -78,7 +91,7 @@ class StateFolder:
                 f"{self.directory}: the state of step {step} cannot be read ({error}). Delete the folder "
                 f"{step} there to go on from the one before, or start over with --fresh."
             ) from error
-        for tensors, tree in zip(found, like.arrays(), strict=True):
+        for tensors, tree in zip(found, trees, strict=True):
             for key, value in tensors.items():
                 _put(tree, key.split("."), mx.array(value))
         return like, notes
