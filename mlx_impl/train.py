@@ -1,6 +1,7 @@
-"""Train with MLX: the command of the Mac user. `rerank` trains, or goes on with, a reranker's recipe.
+"""Train with MLX, as the Mac user does: `rerank` a reranker's recipe, `language` a language model's.
 
 example: python mlx_impl/train.py rerank --config configs/quantum_resonance.py --train.epochs 2
+example: python mlx_impl/train.py language --config configs/infinito_small.py
 
 Recipes, settings, runs and checkpoints are those of scripts/train.py. On several Macs (docs/apple.md):
 mlx.launch --hosts IP,IP -- .venv/bin/python mlx_impl/train.py rerank --config configs/quantum_resonance.py
@@ -37,8 +38,7 @@ def rerank(argv: Sequence[str]) -> None:
     """scripts/train.py on MLX, in each process that `mlx.launch` started."""
     from scripts import train
 
-    if any(word.partition("=")[0] == "--backend" for word in argv):
-        raise UserError("mlx_impl/train.py trains with MLX: leave out --backend, or use scripts/train.py.")
+    _refuse_backend(argv)
     argv = [*argv, "--backend", "mlx"]
     if {"-h", "--help"} & set(argv):
         train.main(argv, __doc__)
@@ -51,6 +51,21 @@ def rerank(argv: Sequence[str]) -> None:
             _work(lambda runs: train.main([*argv, "--runs", runs, "--no-evaluate-test"], __doc__))
     finally:
         world.leave()
+
+
+def language(argv: Sequence[str]) -> None:
+    """scripts/train.py on MLX with a language model's recipe, in this process."""
+    from scripts import train
+
+    _refuse_backend(argv)
+    if not any(word.partition("=")[0] == "--config" for word in argv):
+        argv = ["--config", "configs/infinito_small.py", *argv]
+    train.main([*argv, "--backend", "mlx"], __doc__)
+
+
+def _refuse_backend(argv: Sequence[str]) -> None:
+    if any(word.partition("=")[0] == "--backend" for word in argv):
+        raise UserError("mlx_impl/train.py trains with MLX: leave out --backend, or use scripts/train.py.")
 
 
 def _world() -> Any:
@@ -73,7 +88,7 @@ def _work(train: Callable[[str], None]) -> None:
         train(runs)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"rerank": rerank}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"rerank": rerank, "language": language}
 
 if __name__ == "__main__":
     run_command(main)
