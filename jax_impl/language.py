@@ -16,9 +16,19 @@ import numpy as np
 from flax import nnx
 
 from common.checkpoint import CONFIG_FILE, read_config, read_tensors, surviving, write_checkpoint
-from common.language import DROPPABLE, LanguageModelConfig, language_config, tied_tensors
+from common.language import (
+    DROPPABLE,
+    DecoderConfig,
+    IndraConfig,
+    LanguageModelConfig,
+    language_config,
+    tied_tensors,
+)
 from jax_impl.loading import fill, model_tensors
 from jax_impl.models.decoder import Decoder, LanguageModel
+from jax_impl.models.indra import Indra
+from jax_impl.models.infinito import Infinito
+from jax_impl.models.lstm import LSTM
 
 
 def build_language_model(
@@ -26,7 +36,12 @@ def build_language_model(
 ) -> LanguageModel:
     """A fresh model; `dtype` is of the computation, parameters stay float32."""
     rngs = nnx.Rngs(seed)
-    return Decoder(config, dtype=dtype, rngs=rngs)
+    if isinstance(config, DecoderConfig):
+        return Decoder(config, dtype=dtype, rngs=rngs)
+    if isinstance(config, IndraConfig):
+        return Indra(config, dtype=dtype, rngs=rngs)
+    kind = LSTM if config.architecture == "lstm" else Infinito
+    return kind(config, dtype=dtype, rngs=rngs)
 
 
 def load_language_model(

@@ -15,10 +15,20 @@ import mlx.core as mx
 import numpy as np
 
 from common.checkpoint import CONFIG_FILE, read_config, read_tensors, surviving, write_checkpoint
-from common.language import DROPPABLE, LanguageModelConfig, language_config, tied_tensors
+from common.language import (
+    DROPPABLE,
+    DecoderConfig,
+    IndraConfig,
+    LanguageModelConfig,
+    language_config,
+    tied_tensors,
+)
 from mlx_impl.loading import fill, model_tensors
 from mlx_impl.models.decoder import Decoder, LanguageModel
+from mlx_impl.models.indra import Indra
+from mlx_impl.models.infinito import Infinito
 from mlx_impl.models.layers import Rngs
+from mlx_impl.models.lstm import LSTM
 
 
 def build_language_model(
@@ -26,7 +36,12 @@ def build_language_model(
 ) -> LanguageModel:
     """A fresh model; `dtype` is of the computation, parameters stay float32."""
     rngs = Rngs(seed)
-    return Decoder(config, dtype=dtype, rngs=rngs)
+    if isinstance(config, DecoderConfig):
+        return Decoder(config, dtype=dtype, rngs=rngs)
+    if isinstance(config, IndraConfig):
+        return Indra(config, dtype=dtype, rngs=rngs)
+    kind = LSTM if config.architecture == "lstm" else Infinito
+    return kind(config, dtype=dtype, rngs=rngs)
 
 
 def load_language_model(

@@ -60,8 +60,16 @@ class LanguageModel(nnx.Module):
     attention: whether attention weights are returned.
     """
 
+    config: Any
+    embed_tokens: nnx.Embed
+    lm_head: nnx.Linear
     context: int | None  # tokens that a segment or an input has at most; None without a limit
     segmented: bool = False  # whether a full context ends a segment, not the text
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[N, S, D] -> float32 [N, S, V]."""
+        head = self.embed_tokens.attend if self.config.tie_word_embeddings else self.lm_head
+        return head(hidden).astype(jnp.float32)
 
     def empty_memory(self, rows: int) -> Any:
         """What a row knows at the start of a text: zeros throughout, or None without a memory."""
@@ -270,7 +278,6 @@ class Decoder(LanguageModel):
         )
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[N, S, D] -> float32 [N, S, V]."""
         head = self.model.embed_tokens.attend if self.config.tie_word_embeddings else self.lm_head
         return head(hidden).astype(jnp.float32)
 
@@ -306,7 +313,12 @@ def insert(cache: jax.Array, new: jax.Array, length: jax.Array) -> jax.Array:
 
 def chosen(hidden: jax.Array, at: jax.Array | None) -> jax.Array:
     """States [N, 1, D] of the places `at` [N], or all [N, S, D]."""
-    return hidden if at is None else jnp.take_along_axis(hidden, at[:, None, None], axis=1)
+    return hidden if at is None else gathered(hidden, at[:, None])
+
+
+def gathered(x: jax.Array, places: jax.Array) -> jax.Array:
+    """The rows `places` [N, P] of x [N, S, D], [N, P, D]."""
+    return jnp.take_along_axis(x, places[:, :, None], axis=1)
 
 
 def dropped_embeddings(config: DecoderConfig, x: jax.Array, keys: jax.Array | None) -> jax.Array:

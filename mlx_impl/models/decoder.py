@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.language import DecoderConfig
 from mlx_impl.models.bert import attend, layer_keys, linear, mask_bias, merge_heads, split_heads
 from mlx_impl.models.dropout import dropout
-from mlx_impl.models.layers import Embed, RMSNorm, Rngs
+from mlx_impl.models.layers import Embed, Linear, RMSNorm, Rngs
 
 Rotation = tuple[mx.array, mx.array]  # cosines and sines [N or 1, 1, S, K/2]
 
@@ -60,8 +60,16 @@ class LanguageModel(nn.Module):
     attention: whether attention weights are returned.
     """
 
+    config: Any
+    embed_tokens: Embed
+    lm_head: Linear
     context: int | None  # tokens that a segment or an input has at most; None without a limit
     segmented: bool = False  # whether a full context ends a segment, not the text
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """[N, S, D] -> float32 [N, S, V]."""
+        head = self.embed_tokens.attend if self.config.tie_word_embeddings else self.lm_head
+        return head(hidden).astype(mx.float32)
 
     def empty_memory(self, rows: int) -> Any:
         """What a row knows at the start of a text: zeros throughout, or None without a memory."""
@@ -273,7 +281,6 @@ class Decoder(LanguageModel):
         )
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """[N, S, D] -> float32 [N, S, V]."""
         head = self.model.embed_tokens.attend if self.config.tie_word_embeddings else self.lm_head
         return head(hidden).astype(mx.float32)
 
@@ -312,13 +319,13 @@ def insert(cache: mx.array, new: mx.array, length: mx.array) -> mx.array:
 
 def chosen(hidden: mx.array, at: mx.array | None) -> mx.array:
     """States [N, 1, D] of the places `at` [N], or all [N, S, D]."""
-    return (
-        hidden
-        if at is None
-        else mx.take_along_axis(
-            hidden, mx.broadcast_to(at[:, None, None], (hidden.shape[0], 1, hidden.shape[2])), axis=1
-        )
-    )
+    return hidden if at is None else gathered(hidden, at[:, None])
+
+
+def gathered(x: mx.array, places: mx.array) -> mx.array:
+    """The rows `places` [N, P] of x [N, S, D], [N, P, D]."""
+    index = mx.broadcast_to(places[:, :, None], (*places.shape, x.shape[2]))
+    return mx.take_along_axis(x, index, axis=1)
 
 
 def dropped_embeddings(config: DecoderConfig, x: mx.array, keys: mx.array | None) -> mx.array:
