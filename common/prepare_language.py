@@ -102,7 +102,8 @@ def plan_language(recipe: LanguageRecipe, documents: TokenDocuments, end: int) -
     """Streams for Infinito, packed rows for the others. UserError for a corpus smaller than one step."""
     train, context = recipe.train, recipe.model.context
     if not isinstance(recipe, InfinitoRecipe):
-        return PackedRows(documents, context, train.batch_size, end, train.seed)
+        fixed = recipe.distillation.teacher is not None and recipe.distillation.stored > 0
+        return PackedRows(documents, context, train.batch_size, end, train.seed, fixed=fixed)
     return Streams(
         documents,
         context,

@@ -219,13 +219,22 @@ class PackedRows(_Planned):
     """Documents shuffled, joined by their ends, and cut into rows of `segment` tokens: for Indra.
 
     A row may hold parts of several documents, told apart by `segments`. An epoch holds every token once, less
-    the rows of an incomplete batch, others each epoch. Raises UserError when there are fewer rows than a
-    batch holds.
+    the rows of an incomplete batch, others each epoch. With `fixed` the rows are the same in every epoch, in
+    another order. Raises UserError when there are fewer rows than a batch holds.
     """
 
-    def __init__(self, documents: TokenDocuments, segment: int, batch_size: int, end: int, seed: int) -> None:
+    def __init__(
+        self,
+        documents: TokenDocuments,
+        segment: int,
+        batch_size: int,
+        end: int,
+        seed: int,
+        *,
+        fixed: bool = False,
+    ) -> None:
         super().__init__(documents, segment, end, seed)
-        self.batch_size = batch_size
+        self.batch_size, self.fixed = batch_size, fixed
         self.rows = -(-(len(documents.ids) + len(documents)) // segment)
         if self.rows < batch_size:
             raise _too_small(self.rows, f"rows of {segment} tokens", batch_size)
@@ -237,15 +246,27 @@ class PackedRows(_Planned):
         epoch, position = divmod(step, len(self))
         if self._epoch is None or self._epoch[0] != epoch:
             rng = np.random.default_rng((self.seed, epoch))
-            joined = self._joined(map(int, rng.permutation(len(self.documents))))
+            joined = self._shuffled(np.random.default_rng(self.seed) if self.fixed else rng)
             self._epoch = (epoch, (joined, rng.permutation(self.rows)))
-        (ids, counted), order = self._epoch[1]
+        joined, order = self._epoch[1]
         rows = order[position * self.batch_size : (position + 1) * self.batch_size]
-        size = self.segment
-        parts = [_cut(ids, counted, row * size, len(ids), size, self.end) for row in map(int, rows)]
-        inputs, labels, mask, segments = _stacked(parts)
+        inputs, labels, mask, segments = self._rows(joined, rows)
         reset = np.ones((len(rows), 1), bool)
         return LanguageBatch(inputs, labels, mask, segments, reset, rows.astype(np.int32))
+
+    def pieces(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """input_ids and segments [n, S] of all rows of a plan with `fixed` ones, `size` at once, by row_index."""
+        joined = self._shuffled(np.random.default_rng(self.seed))
+        for start in range(0, self.rows, size):
+            inputs, _, _, segments = self._rows(joined, np.arange(start, min(self.rows, start + size)))
+            yield inputs[:, 0], segments[:, 0]
+
+    def _shuffled(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        return self._joined(map(int, rng.permutation(len(self.documents))))
+
+    def _rows(self, joined: tuple[np.ndarray, np.ndarray], rows: np.ndarray) -> _Row:
+        (ids, counted), size = joined, self.segment
+        return _stacked([_cut(ids, counted, row * size, len(ids), size, self.end) for row in map(int, rows)])
 
 
 class Streams(_Planned):
