@@ -31,6 +31,7 @@ RENAMED = {
 JAX_ONLY = {
     "models/bert.py: product",  # a gradient written for XLA's CPU; in MLX `@`
     "models/modernbert.py: layer_norm(rngs)",  # NNX asks for keys where nothing is drawn
+    "models/decoder.py: rms_norm(rngs)",  # the same
     # in MLX Trainer.world: a process for each Mac, and one device in each
     "training/loop.py: Trainer.processes",
     "training/loop.py: Trainer.devices",
