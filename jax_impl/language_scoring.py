@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from common.data.language import LanguageBatch
 from common.language_evaluation import TokenScores
 from jax_impl.language import load_language_model
+from jax_impl.losses.language import token_nll
 from jax_impl.models.decoder import LanguageModel
 from jax_impl.scoring import default_dtype
-from jax_impl.training.language_step import emptied, token_nll
+from jax_impl.training.language_step import emptied
 
 
 class JaxSegmentScorer:
@@ -56,7 +58,8 @@ class JaxSegmentScorer:
     ) -> tuple[jax.Array, Any, Any]:
         model = nnx.merge(self._graphdef, state)
         out = model(ids, segments, memory=memory)
-        return token_nll(out.logits, labels, mask), out.memory, out.read
+        nll = jnp.where(mask, token_nll(out.logits, labels), 0.0)
+        return nll, out.memory, out.read
 
 
 def _use(

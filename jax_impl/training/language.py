@@ -11,17 +11,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from common.backends import checkpoint_identity
 from common.config_language import LanguageRecipe
-from common.data.language import LanguageBatch
+from common.data.language import LanguageBatch, PackedRows
+from common.data.teacher import StoredOutputs, stored_outputs
 from common.errors import UserError
 from common.language_training import LanguageLoop
+from common.prepare import cache_root
 from common.prepare_language import PreparedLanguage
 from jax_impl.language import build_language_model, load_language_model, save_language_model
 from jax_impl.language_scoring import JaxSegmentScorer
+from jax_impl.losses.language import store_teacher
+from jax_impl.models.decoder import LanguageModel
 from jax_impl.scoring import accelerator, default_dtype
-from jax_impl.training.language_step import LanguageInput, LanguageState, make_language_step
+from jax_impl.training.language_step import LanguageInput, LanguageState, make_language_step, packed
 from jax_impl.training.optimizer import learning_rate, make_optimizer
 from jax_impl.training.parallel import Devices
 from jax_impl.training.state import StateFolder
@@ -49,7 +55,17 @@ class LanguageTrainer(LanguageLoop):
         graphdef, learned = nnx.split(self.model)
         optimizer = make_optimizer(train, self.steps)
         key = jax.random.fold_in(jax.random.key(train.seed), 1)
-        self._step = make_language_step(recipe, graphdef, optimizer, key, self.devices)
+        taught, self._stored = self._teach(dtype)
+        self._taught = None if taught is None else self.devices.replicate(nnx.state(taught))
+        self._step = make_language_step(
+            recipe,
+            graphdef,
+            optimizer,
+            key,
+            self.devices,
+            self.steps,
+            None if taught is None else nnx.graphdef(taught),
+        )
         state = LanguageState(
             learned=learned,
             optimizer=optimizer.init(learned),
@@ -60,6 +76,33 @@ class LanguageTrainer(LanguageLoop):
         self.state: LanguageState = self.devices.replicate(state)
         self._scorer = JaxSegmentScorer(self.model)
         self.say(f"{self.devices.count} {jax.devices()[0].device_kind} device(s), {dtype}")
+
+    def _teach(self, dtype: Any) -> tuple[LanguageModel | None, StoredOutputs | None]:
+        """The teacher that runs in every step, or what was stored of it; neither without one."""
+        if self.teacher is None:
+            return None, None
+        model, _ = load_language_model(self.teacher, dtype=dtype)
+        settings = self.recipe.distillation
+        if not settings.stored:
+            return model, None
+        if not isinstance(self.plan, PackedRows):
+            raise UserError("distillation.stored needs fixed rows, and Infinito reads streams: set it to 0")
+        k, temperature = min(settings.stored, self.model_config.vocab_size), settings.temperature
+        graphdef, state = nnx.split(model)
+
+        @jax.jit
+        def outputs(state: Any, ids: Any, segments: Any) -> jax.Array:
+            logits = nnx.merge(graphdef, state)(ids, segments).logits
+            return packed(store_teacher(logits, k, temperature))
+
+        stored = stored_outputs(
+            lambda ids, segments: np.asarray(outputs(state, ids, segments)),
+            checkpoint_identity(self.teacher, str(dtype), k, temperature),
+            self.plan,
+            cache_root() / "teachers",
+            self.recipe.train.batch_size,
+        )
+        return None, stored
 
     def _states(self, folder: Path) -> StateFolder:
         return StateFolder(folder)
@@ -76,8 +119,12 @@ class LanguageTrainer(LanguageLoop):
         return int(self.state.step)
 
     def _one_step(self, batch: LanguageBatch) -> dict[str, jax.Array]:
-        parts = LanguageInput(*(getattr(batch, name) for name in LanguageInput._fields))
-        self.state, logged = self._step(self.state, self.devices.place(parts))
+        stored: Any = np.zeros((len(batch.reset), 0, 0), np.float32)
+        if self._stored is not None:
+            stored = self._stored.rows(batch.row_index)
+        arrays: Any = (batch.input_ids, batch.labels, batch.mask, batch.segments, batch.reset)
+        placed = self.devices.place(LanguageInput(*arrays, stored))
+        self.state, logged = self._step(self.state, placed, self._taught)
         return logged
 
     def _learning_rate(self, step: int) -> float:

@@ -14,7 +14,17 @@ import optax
 from flax import nnx
 
 from common.config_language import LanguageRecipe
-from jax_impl.models.decoder import LanguageModel
+from jax_impl.losses.language import (
+    StoredTeacher,
+    certainty,
+    cross_entropy,
+    distillation,
+    entropy,
+    phase_magnitude,
+    stored_distillation,
+)
+from jax_impl.losses.ranking import Pair
+from jax_impl.models.decoder import LanguageModel, LanguageOutput
 from jax_impl.models.dropout import row_keys
 from jax_impl.training.parallel import Devices
 
@@ -27,6 +37,9 @@ class LanguageInput(NamedTuple):
     mask: jax.Array  # [B, K, S]
     segments: jax.Array  # [B, K, S]
     reset: jax.Array  # [B, K]
+    stored: (
+        jax.Array
+    )  # [B, S, 2 k + 2], what was stored of a teacher (common.data.teacher); k 0 and S 0 without
 
 
 class LanguageState(NamedTuple):
@@ -40,7 +53,8 @@ class LanguageState(NamedTuple):
     average: Any
 
 
-LanguageStep = Callable[[LanguageState, LanguageInput], tuple[LanguageState, dict[str, jax.Array]]]
+Terms = dict[str, Pair]
+LanguageStep = Callable[[LanguageState, LanguageInput, Any], tuple[LanguageState, dict[str, jax.Array]]]
 
 
 def make_language_step(
@@ -49,59 +63,126 @@ def make_language_step(
     optimizer: optax.GradientTransformation,
     key: jax.Array,
     devices: Devices,
+    steps: int,
+    teacher: nnx.GraphDef[LanguageModel] | None = None,
 ) -> LanguageStep:
-    """A compiled step: (state, batch) -> (state, loss and its parts, gradient norm); donates the old state.
+    """A compiled step: (state, batch, the teacher's parameters) -> (state, every term, loss, gradient norm).
 
-    Dropout and exploration depend on `key`, the step's number, the segment and the row.
+    The old state is donated. Dropout and exploration depend on `key`, the step's number, the segment and the
+    row. `steps` of the run say how far it has come. Without an online `teacher` its parameters are None.
     """
     train = recipe.train
 
-    def loss(learned: Any, memory: Any, batch: LanguageInput, key: jax.Array) -> tuple[jax.Array, Any]:
+    def loss(
+        learned: Any, memory: Any, batch: LanguageInput, taught: Any, key: jax.Array, weights: dict[str, Any]
+    ) -> tuple[jax.Array, Any]:
         model = nnx.merge(graphdef, learned)
-        counted = jnp.maximum(1.0, jnp.sum(batch.mask, dtype=jnp.float32))
-        smoothed, plain = jnp.zeros(()), jnp.zeros(())
+        terms: Terms = {}
         for k in range(train.unroll):
             memory = emptied(memory, batch.reset[:, k])
             keys = row_keys(jax.random.fold_in(key, k), len(batch.reset))
-            out = model(batch.input_ids[:, k], batch.segments[:, k], memory=memory, keys=keys)
+            ids, segments, counted = batch.input_ids[:, k], batch.segments[:, k], batch.mask[:, k]
+            out = model(ids, segments, memory=memory, keys=keys)
             memory = out.memory
-            nll = token_nll(out.logits, batch.labels[:, k], batch.mask[:, k])
-            plain += jnp.sum(nll)
-            smoothed += jnp.sum(smoothed_nll(out.logits, nll, batch.mask[:, k], train.label_smoothing))
-        terms = {"cross_entropy": plain / counted}
-        return smoothed / counted, (jax.lax.stop_gradient(memory), terms)
+            found = next_token_terms(out.logits, batch.labels[:, k], counted, train.label_smoothing)
+            if teacher is not None:
+                said = jax.lax.stop_gradient(nnx.merge(teacher, taught)(ids, segments).logits)
+                found |= online_terms(recipe, out, said, counted)
+            elif batch.stored.shape[-1]:
+                found |= stored_terms(recipe, out, unpacked(batch.stored), counted)
+            terms = {name: _added(terms.get(name), pair) for name, pair in found.items()}
+        means = {name: top / jnp.maximum(1.0, below) for name, (top, below) in terms.items()}
+        value = jnp.asarray(sum(weights[name] * mean for name, mean in means.items()))
+        return value, (jax.lax.stop_gradient(memory), means)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
 
-    def step(state: LanguageState, batch: LanguageInput) -> tuple[LanguageState, dict[str, jax.Array]]:
+    def step(
+        state: LanguageState, batch: LanguageInput, taught: Any
+    ) -> tuple[LanguageState, dict[str, jax.Array]]:
         folded = jax.random.fold_in(key, state.step)
-        (value, (memory, terms)), gradients = gradient(state.learned, state.memory, batch, folded)
+        weights = term_weights(recipe, state.step / steps)
+        (value, (memory, means)), gradients = gradient(
+            state.learned, state.memory, batch, taught, folded, weights
+        )
         updates, opt_state = optimizer.update(gradients, state.optimizer, state.learned)
         learned = optax.apply_updates(state.learned, updates)
         average = averaged(state.average, learned, train.average, state.step)
-        logged = terms | {"loss": value, "gradient_norm": optax.tree.norm(gradients)}
+        logged = means | {"loss": value, "gradient_norm": optax.tree.norm(gradients)}
+        if "distillation" in means:
+            logged["distillation_weight"] = jnp.asarray(weights["distillation"])
         return LanguageState(learned, opt_state, state.step + 1, memory, average), logged
 
     return devices.compile(step)
 
 
+def term_weights(recipe: LanguageRecipe, progress: Any) -> dict[str, Any]:
+    """The weight of every term at a share of the run in [0, 1]; `cross_entropy` is only logged."""
+    settings = recipe.distillation
+    weights = {"next_token": settings.cross_entropy_weight, "cross_entropy": 0.0}
+    weights["distillation"] = settings.weight(progress)
+    return weights | dict.fromkeys(("magnitude", "phase"), settings.phase_magnitude_weight)
+
+
+def next_token_terms(logits: jax.Array, labels: jax.Array, mask: jax.Array, smoothing: float) -> Terms:
+    """The loss of the next token, and the same without smoothing."""
+    return {
+        "next_token": cross_entropy(logits, labels, mask, smoothing),
+        "cross_entropy": cross_entropy(jax.lax.stop_gradient(logits), labels, mask),
+    }
+
+
+def online_terms(recipe: LanguageRecipe, out: LanguageOutput, teacher: jax.Array, mask: jax.Array) -> Terms:
+    """Distillation from the teacher's logits [B, S, V], and the state's agreement with its certainty."""
+    divergence = distillation(out.logits, teacher, mask, recipe.distillation.temperature)
+    return {"distillation": divergence} | certainty_terms(recipe, out, entropy(teacher), mask)
+
+
+def stored_terms(
+    recipe: LanguageRecipe, out: LanguageOutput, stored: StoredTeacher, mask: jax.Array
+) -> Terms:
+    """The same of what was stored of a teacher."""
+    divergence = stored_distillation(out.logits, stored, mask, recipe.distillation.temperature)
+    return {"distillation": divergence} | certainty_terms(recipe, out, stored.entropy, mask)
+
+
+def certainty_terms(
+    recipe: LanguageRecipe, out: LanguageOutput, entropies: jax.Array, mask: jax.Array
+) -> Terms:
+    """Magnitude and phase of the second state, of a model that has one and a recipe that weighs it."""
+    if out.state is None or not recipe.distillation.phase_magnitude_weight:
+        return {}
+    sure = certainty(entropies, out.logits.shape[-1])
+    magnitude, phase = phase_magnitude(*out.state, sure, mask)
+    return {"magnitude": magnitude, "phase": phase}
+
+
+def unpacked(stored: jax.Array) -> StoredTeacher:
+    """What `packed` has put into one array [B, S, 2 k + 2]."""
+    k = stored.shape[-1] // 2 - 1
+    return StoredTeacher(
+        stored[..., :k].astype(jnp.int32), stored[..., k : 2 * k], stored[..., -2], stored[..., -1]
+    )
+
+
+def packed(stored: StoredTeacher) -> jax.Array:
+    """Ids, logits, total and entropy in one float32 array [B, S, 2 k + 2]: ids below 2^24 are exact."""
+    parts = (
+        stored.ids.astype(jnp.float32),
+        stored.values,
+        stored.log_total[..., None],
+        stored.entropy[..., None],
+    )
+    return jnp.concatenate(parts, axis=-1)
+
+
+def _added(before: Pair | None, pair: Pair) -> Pair:
+    return pair if before is None else (before[0] + pair[0], before[1] + pair[1])
+
+
 def emptied(memory: Any, reset: Any) -> Any:
     """A memory whose rows are zeros where `reset` [B] says so."""
     return jax.tree.map(lambda x: jnp.where(reset.reshape(-1, *[1] * (x.ndim - 1)), 0, x), memory)
-
-
-def token_nll(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
-    """Nats of each label, [B, S, V], [B, S] -> float32 [B, S]; 0 where `mask` [B, S] is false."""
-    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    return jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0)
-
-
-def smoothed_nll(logits: jax.Array, nll: jax.Array, mask: jax.Array, smoothing: float) -> jax.Array:
-    """(1 - smoothing) of the NLL, and of the mean NLL of all tokens the rest; [B, S]."""
-    if not smoothing:
-        return nll
-    even = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
-    return (1 - smoothing) * nll + smoothing * jnp.where(mask, even, 0.0)
 
 
 def averaged(average: Any, learned: Any, decay: float, step: jax.Array) -> Any:

@@ -129,6 +129,34 @@ def test_a_teacher_with_another_vocabulary_is_refused_with_both_sizes(corpus: Pa
         train(student, tmp_path)
 
 
+def test_a_stored_teacher_teaches_as_one_that_runs_in_every_step(corpus: Path, tmp_path: Path) -> None:
+    _, folder, _ = train(recipe("decoder", corpus, max_steps=2, evaluations=1), tmp_path)
+    losses = []
+    for stored in (0, 10_000):
+        student = recipe("indra", corpus, max_steps=3, evaluations=1).changed(
+            name=f"student{stored}",
+            distillation={"teacher": str(folder), "stored": stored, "end_weight": 1.0},
+        )
+        # fixed rows for both: what a step shows must not depend on how the teacher is asked
+        _, run, _ = train(student, tmp_path, trainer=FixedRows)
+        lines = RunFolder(run, owned=False).read_metrics("train")
+        losses.append([[line[name] for name in TERMS] for line in lines])
+    assert np.allclose(losses[0], losses[1], rtol=1e-4, atol=1e-5)
+    first, last = losses[0][0], losses[0][-1]
+    assert first[1] > 0 and first[2] > 0 and last[4] > first[4]
+
+
+TERMS = ("next_token", "distillation", "magnitude", "phase", "distillation_weight")
+
+
+class FixedRows(LanguageTrainer):
+    """Reads the same rows in every epoch, whether the teacher's outputs are stored or not."""
+
+    def __init__(self, *args: Any, **how: Any) -> None:
+        super().__init__(*args, **how)
+        self.plan.fixed = True
+
+
 def test_a_corpus_smaller_than_a_step_and_a_bad_recipe_are_refused(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="fewer than the 4000 of one step"):
         train(recipe("decoder", corpus, batch_size=4000), tmp_path)
