@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from common.backends import checkpoint_name, language_module
 from common.data.language import TokenDocuments
 from common.errors import UserError
-from common.language_text import LanguageTokenizer
-from common.metrics.language import bleu, exploration_share, self_bleu, text_metrics
+from common.generation import Engine, Generated, Piece, SamplingConfig, generate
+from common.hub import resolve_model
+from common.language_text import LanguageTokenizer, load_tokenizer
+from common.metrics.language import bleu, self_bleu, text_metrics
 from common.report import Table
 
 # The source's demonstration: a story, an explanation, a description, an instruction.
@@ -24,16 +28,49 @@ DEMO_PROMPTS = (
 )
 
 
+BATCH = 16  # prompts continued at once
+
+
 @dataclasses.dataclass(frozen=True)
-class Continuation:
-    """What was sampled after a prompt."""
+class LanguageGenerator:
+    """A language model with its tokenizer."""
 
-    ids: list[int]
-    likeliest: list[int]  # the argmax at each place, before any switch of sampling
+    name: str
+    engine: Engine
+    tokenizer: LanguageTokenizer
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        sampling: SamplingConfig,
+        on_text: Callable[[Piece], None] | None = None,
+    ) -> list[Generated]:
+        """Continue texts. UserError for an empty one, a too long one, and settings out of range."""
+        return self.continued(
+            [self.tokenizer.encode(prompt).tolist() for prompt in prompts], sampling, on_text
+        )
+
+    def continued(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        on_text: Callable[[Piece], None] | None = None,
+    ) -> list[Generated]:
+        """Continue token ids, BATCH prompts at a time; each batch has draws of its own."""
+        made: list[Generated] = []
+        for start in range(0, len(prompts), BATCH):
+            own = dataclasses.replace(sampling, seed=sampling.seed + start)
+            made += generate(self.engine, prompts[start : start + BATCH], self.tokenizer, own, on_text)
+        return made
 
 
-# ids of the prompts, how many tokens to add -> continuations
-Continue = Callable[[Sequence[Sequence[int]], int], Sequence[Continuation]]
+def load_generator(
+    name: str | Path, backend: str = "auto", *, say: Callable[[str], None] = print
+) -> LanguageGenerator:
+    """The language model of a directory, run or name, with its tokenizer. Raises UserError."""
+    directory = resolve_model(name, say=say)
+    engine: Engine = language_module(backend, "generation").load_engine(directory)
+    return LanguageGenerator(checkpoint_name(directory), engine, load_tokenizer(directory))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,14 +116,14 @@ def generation_metrics(
 
 
 def measured_samples(
-    prompts: Prompts, go_on: Continue, tokenizer: LanguageTokenizer
-) -> tuple[dict[str, float], list[Continuation]]:
-    """The metrics of a model's continuations, and these."""
-    made = list(go_on(prompts.prompts, max(map(len, prompts.human))))
-    found = generation_metrics([item.ids for item in made], prompts.human, tokenizer)
-    sampled = np.asarray([i for item in made for i in item.ids])
-    likeliest = np.asarray([i for item in made for i in item.likeliest])
-    return found | {"exploration": exploration_share(sampled, likeliest)}, made
+    generator: LanguageGenerator, prompts: Prompts, sampling: SamplingConfig
+) -> tuple[dict[str, float], list[Generated]]:
+    """The metrics of a model's continuations, and these; exploration: the share of tokens not the argmax."""
+    made = generator.continued(prompts.prompts, sampling)
+    found = generation_metrics([item.ids for item in made], prompts.human, generator.tokenizer)
+    lengths = [max(1, len(item.ids)) for item in made]
+    explored = float(np.average([item.explored for item in made], weights=lengths))
+    return found | {"exploration": explored}, made
 
 
 def human_metrics(prompts: Prompts, tokenizer: LanguageTokenizer) -> dict[str, float]:

@@ -15,9 +15,10 @@ from mlx.utils import tree_map
 from common.data.language import LanguageBatch
 from common.language_evaluation import TokenScores
 from mlx_impl.language import load_language_model
+from mlx_impl.losses.language import token_nll
 from mlx_impl.models.decoder import LanguageModel
 from mlx_impl.scoring import default_dtype
-from mlx_impl.training.language_step import emptied, token_nll
+from mlx_impl.training.language_step import emptied
 
 
 class MlxSegmentScorer:
@@ -53,7 +54,7 @@ class MlxSegmentScorer:
             self._model.update(self._state)
         try:
             out = self._model(ids, segments, memory=before)
-            nll = token_nll(out.logits, labels, mask)
+            nll = mx.where(mask, token_nll(out.logits, labels), 0.0)
             mx.eval(nll, [] if out.memory is None else list(out.memory), [] if out.read is None else out.read)
         finally:
             self._model.update(learned)

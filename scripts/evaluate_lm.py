@@ -1,6 +1,6 @@
 """Measure a language model on a corpus: perplexity, what it generates, human text beside it, its memory.
 
-example: python scripts/evaluate_lm.py --model runs/infinito_small --data pydocs --metrics human
+example: python scripts/evaluate_lm.py --model runs/infinito_small --data pydocs --metrics all
 
 Perplexity by token, by word of the original text and in bits a byte, ± its standard error over documents.
 What is generated goes on from places of the split; BLEU compares it with how the author went on, and the
@@ -22,8 +22,15 @@ from common.backends import checkpoint_identity, checkpoint_name, language_modul
 from common.checkpoint import read_json, to_json, write_file
 from common.config_language import InfinitoRecipe, LanguageDataConfig, LanguageRecipe
 from common.errors import UserError, run_command
+from common.generation import SamplingConfig
 from common.hub import resolve_model
-from common.language_samples import human_metrics, metrics_table, split_prompts
+from common.language_samples import (
+    human_metrics,
+    load_generator,
+    measured_samples,
+    metrics_table,
+    split_prompts,
+)
 from common.language_workflow import perplexities, perplexity_table
 from common.prepare_language import PreparedLanguage, prepare_language
 from common.report import Table, page, table_html, tables_text
@@ -39,8 +46,8 @@ class Args:
     form: Literal["literal", "detokenised"] | None = None
     """Of WikiText; as in training when absent."""
     split: Literal["train", "dev", "test"] = "test"
-    metrics: Literal["perplexity", "human"] = "perplexity"
-    """human: the split's own text too, by what generated text is measured by."""
+    metrics: Literal["perplexity", "human", "all"] = "perplexity"
+    """human measures the split's own text, all what the model generates too."""
     batch_size: int = 16
     stride: int | None = None
     """Tokens between two windows of the static perplexity; the context when absent."""
@@ -53,6 +60,8 @@ class Args:
     """Of what is generated; 0 is greedy."""
     top_p: float = 1.0
     seed: int = 0
+    allow_unknown: bool = False
+    """Lets the model write `<unk>`, which is banned otherwise."""
     backend: Literal["auto", "jax", "mlx"] = "auto"
     out: Path | None = None
     """The folder to write into; the run's own when absent."""
@@ -149,6 +158,20 @@ def measure(args: Args, directory: Path, prepared: PreparedLanguage) -> tuple[li
         seed=args.seed,
     )
     columns = {"human": human_metrics(prompts, prepared.tokenizer)}
+    if args.metrics == "all":
+        sampling = SamplingConfig(
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed,
+            banned=() if args.allow_unknown else prepared.tokenizer.unknown_ids,
+        )
+        generator = load_generator(directory, args.backend, say=lambda _: None)
+        columns[name], made = measured_samples(generator, prompts, sampling)
+        found["samples"] = [
+            {"prompt": prepared.tokenizer.decode(prompt), "text": item.text}
+            for prompt, item in zip(prompts.prompts, made, strict=True)
+        ]
     found["generation"] = {
         column: {key: None if value != value else value for key, value in values.items()}
         for column, values in columns.items()

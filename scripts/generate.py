@@ -1,10 +1,10 @@
-"""Continue a prompt with a language model: greedy or sampled, one prompt or many, as it is written, or in a dialogue.
+"""Continue prompts with a language model: greedy or sampled, one or many, as it is written, or in a dialogue.
 
-example: python scripts/generate.py --model runs/infinito_small --prompt "The array is" --temperature 0.8 --top-p 0.95
+example: python scripts/generate.py --model runs/infinito_small --prompt "The array is" --top-p 0.95
 
---interactive asks for prompts until an empty line or Ctrl-D; --demo shows the demonstration prompts; --file holds
-one prompt a line. --instruction puts prompts into the form that instruction data is trained in. `<unk>` is never
-written unless --allow-unknown. Texts of the same seed are the same.
+--interactive asks for prompts until an empty line or Ctrl-D; --demo shows the demonstration prompts; --file
+holds one prompt a line. --instruction puts prompts into the form that instruction data is trained in. `<unk>`
+is never written unless --allow-unknown. Texts of the same seed are the same.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from typing import Literal
 
 import tyro
 
-from common.backends import load_generator
 from common.data.corpora import instruction_prompt
 from common.errors import UserError, run_command
 from common.generation import Generated, Piece, SamplingConfig
-from common.language_samples import DEMO_PROMPTS, LanguageGenerator
+from common.language_samples import DEMO_PROMPTS, LanguageGenerator, load_generator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +61,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     args = tyro.cli(Args, args=words, description=__doc__)
     sampling = SamplingConfig(
-        **{field.name: getattr(args, field.name) for field in dataclasses.fields(SamplingConfig) if field.name != "banned"}
+        **{
+            field.name: getattr(args, field.name)
+            for field in dataclasses.fields(SamplingConfig)
+            if field.name != "banned"
+        }
     )
     if wrong := sampling.problems("--"):
         raise UserError("; ".join(wrong))

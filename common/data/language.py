@@ -255,7 +255,7 @@ class PackedRows(_Planned):
         return LanguageBatch(inputs, labels, mask, segments, reset, rows.astype(np.int32))
 
     def pieces(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """input_ids and segments [n, S] of all rows of a plan with `fixed` ones, `size` at a time, in order."""
+        """input_ids and segments [n, S] of all rows of a plan of `fixed` ones, `size` at a time, in order."""
         joined = self._shuffled(np.random.default_rng(self.seed))
         for start in range(0, self.rows, size):
             inputs, _, _, segments = self._rows(joined, np.arange(start, min(self.rows, start + size)))

@@ -123,7 +123,7 @@ class LanguageTrainer(LanguageLoop):
         if self._stored is not None:
             stored = self._stored.rows(batch.row_index)
         arrays: Any = (batch.input_ids, batch.labels, batch.mask, batch.segments, batch.reset)
-        placed = self.devices.place(LanguageInput(*arrays, stored))
+        placed = self.devices.place(LanguageInput(*(*arrays, stored)))
         self.state, logged = self._step(self.state, placed, self._taught)
         return logged
 

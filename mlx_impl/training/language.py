@@ -10,17 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_map
 
+from common.backends import checkpoint_identity
 from common.config_language import LanguageRecipe
-from common.data.language import LanguageBatch
+from common.data.language import LanguageBatch, PackedRows
+from common.data.teacher import StoredOutputs, stored_outputs
+from common.errors import UserError
 from common.language_training import LanguageLoop
+from common.prepare import cache_root
 from common.prepare_language import PreparedLanguage
 from mlx_impl.language import build_language_model, load_language_model, save_language_model
 from mlx_impl.language_scoring import MlxSegmentScorer
+from mlx_impl.losses.language import store_teacher
+from mlx_impl.models.decoder import LanguageModel
 from mlx_impl.models.dropout import fold_in
 from mlx_impl.scoring import accelerator, default_dtype
-from mlx_impl.training.language_step import LanguageInput, LanguageState, make_language_step
+from mlx_impl.training.language_step import LanguageInput, LanguageState, make_language_step, packed
 from mlx_impl.training.optimizer import learning_rate, make_optimizer
 from mlx_impl.training.state import StateFolder
 
@@ -45,9 +52,36 @@ class LanguageTrainer(LanguageLoop):
             self.model.empty_memory(train.batch_size),
             tree_map(mx.array, self.model.trainable_parameters()) if train.average else None,
         )
-        self._step = make_language_step(recipe, self.state, fold_in(mx.random.key(train.seed), 1))
+        taught, self._stored = self._teach(dtype)
+        key = fold_in(mx.random.key(train.seed), 1)
+        self._step = make_language_step(recipe, self.state, key, self.steps, taught)
         self._scorer = MlxSegmentScorer(self.model)
         self.say(f"{mx.default_device()}, {dtype}")
+
+    def _teach(self, dtype: Any) -> tuple[LanguageModel | None, StoredOutputs | None]:
+        """The teacher that runs in every step, or what was stored of it; neither without one."""
+        if self.teacher is None:
+            return None, None
+        model, _ = load_language_model(self.teacher, dtype=dtype)
+        settings = self.recipe.distillation
+        if not settings.stored:
+            return model, None
+        if not isinstance(self.plan, PackedRows):
+            raise UserError("distillation.stored needs fixed rows, and Infinito reads streams: set it to 0")
+        k, temperature = min(settings.stored, self.model_config.vocab_size), settings.temperature
+
+        def outputs(ids: np.ndarray, segments: np.ndarray) -> np.ndarray:
+            logits = model(mx.array(ids), mx.array(segments)).logits
+            return np.asarray(packed(store_teacher(logits, k, temperature)))
+
+        stored = stored_outputs(
+            outputs,
+            checkpoint_identity(self.teacher, str(dtype), k, temperature),
+            self.plan,
+            cache_root() / "teachers",
+            self.recipe.train.batch_size,
+        )
+        return None, stored
 
     def _states(self, folder: Path) -> StateFolder:
         return StateFolder(folder)
@@ -63,7 +97,11 @@ class LanguageTrainer(LanguageLoop):
         return int(self.state.step)
 
     def _one_step(self, batch: LanguageBatch) -> dict[str, mx.array]:
-        return self._step(LanguageInput(*(mx.array(getattr(batch, name)) for name in LanguageInput._fields)))
+        stored = np.zeros((len(batch.reset), 0, 0), np.float32)
+        if self._stored is not None:
+            stored = self._stored.rows(batch.row_index)
+        arrays = (batch.input_ids, batch.labels, batch.mask, batch.segments, batch.reset, stored)
+        return self._step(LanguageInput(*map(mx.array, arrays)))
 
     def _learning_rate(self, step: int) -> float:
         return float(learning_rate(self.recipe.train, self.steps)(step - 1))

@@ -14,7 +14,17 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 
 from common.config_language import LanguageRecipe
-from mlx_impl.models.decoder import LanguageModel
+from mlx_impl.losses.language import (
+    StoredTeacher,
+    certainty,
+    cross_entropy,
+    distillation,
+    entropy,
+    phase_magnitude,
+    stored_distillation,
+)
+from mlx_impl.losses.ranking import Pair
+from mlx_impl.models.decoder import LanguageModel, LanguageOutput
 from mlx_impl.models.dropout import fold_in, row_keys
 from mlx_impl.training.optimizer import global_norm
 
@@ -27,6 +37,9 @@ class LanguageInput(NamedTuple):
     mask: mx.array  # [B, K, S]
     segments: mx.array  # [B, K, S]
     reset: mx.array  # [B, K]
+    stored: (
+        mx.array
+    )  # [B, S, 2 k + 2], what was stored of a teacher (common.data.teacher); k 0 and S 0 without
 
 
 class LanguageState:
@@ -52,45 +65,125 @@ class LanguageState:
         return None if self.memory is None else self._kind(**self.memory)
 
 
+Terms = dict[str, Pair]
 LanguageStep = Callable[[LanguageInput], dict[str, mx.array]]
 
 
-def make_language_step(recipe: LanguageRecipe, state: LanguageState, key: mx.array) -> LanguageStep:
-    """A step: batch -> loss and its parts, gradient norm; it changes `state`.
+def make_language_step(
+    recipe: LanguageRecipe,
+    state: LanguageState,
+    key: mx.array,
+    steps: int,
+    teacher: LanguageModel | None = None,
+) -> LanguageStep:
+    """A step: batch -> every term, loss, gradient norm; it changes `state`.
 
-    Dropout and exploration depend on `key`, the step's number, the segment and the row.
+    Dropout and exploration depend on `key`, the step's number, the segment and the row. `steps` of the run say
+    how far it has come. `teacher` runs in every step.
     """
     train, model, optimizer = recipe.train, state.model, state.optimizer
     optimizer.init(model.trainable_parameters())
 
-    def loss(memory: Any, batch: LanguageInput, key: mx.array) -> tuple[mx.array, Any, dict[str, mx.array]]:
-        counted = mx.maximum(1.0, mx.sum(batch.mask.astype(mx.float32)))
-        smoothed, plain = mx.zeros(()), mx.zeros(())
+    def loss(
+        memory: Any, batch: LanguageInput, key: mx.array, weights: dict[str, Any]
+    ) -> tuple[mx.array, Any, dict[str, mx.array]]:
+        terms: Terms = {}
         for k in range(train.unroll):
             memory = emptied(memory, batch.reset[:, k])
             keys = row_keys(fold_in(key, k), len(batch.reset))
-            out = model(batch.input_ids[:, k], batch.segments[:, k], memory=memory, keys=keys)
+            ids, segments, counted = batch.input_ids[:, k], batch.segments[:, k], batch.mask[:, k]
+            out = model(ids, segments, memory=memory, keys=keys)
             memory = out.memory
-            nll = token_nll(out.logits, batch.labels[:, k], batch.mask[:, k])
-            plain = plain + mx.sum(nll)
-            smoothed = smoothed + mx.sum(
-                smoothed_nll(out.logits, nll, batch.mask[:, k], train.label_smoothing)
-            )
-        return smoothed / counted, memory, {"cross_entropy": plain / counted}
+            found = next_token_terms(out.logits, batch.labels[:, k], counted, train.label_smoothing)
+            if teacher is not None:
+                said = mx.stop_gradient(teacher(ids, segments).logits)
+                found |= online_terms(recipe, out, said, counted)
+            elif batch.stored.shape[-1]:
+                found |= stored_terms(recipe, out, unpacked(batch.stored), counted)
+            terms = {name: _added(terms.get(name), pair) for name, pair in found.items()}
+        means = {name: top / mx.maximum(1.0, below) for name, (top, below) in terms.items()}
+        value = sum((weights[name] * mean for name, mean in means.items()), start=mx.zeros(()))
+        return value, memory, means
 
     gradient = nn.value_and_grad(model, loss)
 
     def step(batch: LanguageInput) -> dict[str, mx.array]:
         number = int(state.step)
-        (value, memory, terms), gradients = gradient(state.remembered(), batch, fold_in(key, number))
+        weights = term_weights(recipe, number / steps)
+        (value, memory, means), gradients = gradient(state.remembered(), batch, fold_in(key, number), weights)
         norm = global_norm(gradients)
         optimizer.update(model, gradients)
         state.memory = None if memory is None else memory._asdict()
         state.average = averaged(state.average, model.trainable_parameters(), train.average, number)
-        mx.eval(state.arrays(), value, norm)
-        return terms | {"loss": value, "gradient_norm": norm}
+        mx.eval(state.arrays(), value, norm, means)
+        logged = means | {"loss": value, "gradient_norm": norm}
+        if "distillation" in means:
+            logged["distillation_weight"] = mx.array(weights["distillation"])
+        return logged
 
     return step
+
+
+def term_weights(recipe: LanguageRecipe, progress: Any) -> dict[str, Any]:
+    """The weight of every term at a share of the run in [0, 1]; `cross_entropy` is only logged."""
+    settings = recipe.distillation
+    weights = {"next_token": settings.cross_entropy_weight, "cross_entropy": 0.0}
+    weights["distillation"] = settings.weight(progress)
+    return weights | dict.fromkeys(("magnitude", "phase"), settings.phase_magnitude_weight)
+
+
+def next_token_terms(logits: mx.array, labels: mx.array, mask: mx.array, smoothing: float) -> Terms:
+    """The loss of the next token, and the same without smoothing."""
+    return {
+        "next_token": cross_entropy(logits, labels, mask, smoothing),
+        "cross_entropy": cross_entropy(mx.stop_gradient(logits), labels, mask),
+    }
+
+
+def online_terms(recipe: LanguageRecipe, out: LanguageOutput, teacher: mx.array, mask: mx.array) -> Terms:
+    """Distillation from the teacher's logits [B, S, V], and the state's agreement with its certainty."""
+    divergence = distillation(out.logits, teacher, mask, recipe.distillation.temperature)
+    return {"distillation": divergence} | certainty_terms(recipe, out, entropy(teacher), mask)
+
+
+def stored_terms(recipe: LanguageRecipe, out: LanguageOutput, stored: StoredTeacher, mask: mx.array) -> Terms:
+    """The same of what was stored of a teacher."""
+    divergence = stored_distillation(out.logits, stored, mask, recipe.distillation.temperature)
+    return {"distillation": divergence} | certainty_terms(recipe, out, stored.entropy, mask)
+
+
+def certainty_terms(
+    recipe: LanguageRecipe, out: LanguageOutput, entropies: mx.array, mask: mx.array
+) -> Terms:
+    """Magnitude and phase of the second state, of a model that has one and a recipe that weighs it."""
+    if out.state is None or not recipe.distillation.phase_magnitude_weight:
+        return {}
+    sure = certainty(entropies, out.logits.shape[-1])
+    magnitude, phase = phase_magnitude(*out.state, sure, mask)
+    return {"magnitude": magnitude, "phase": phase}
+
+
+def unpacked(stored: mx.array) -> StoredTeacher:
+    """What `packed` has put into one array [B, S, 2 k + 2]."""
+    k = stored.shape[-1] // 2 - 1
+    return StoredTeacher(
+        stored[..., :k].astype(mx.int32), stored[..., k : 2 * k], stored[..., -2], stored[..., -1]
+    )
+
+
+def packed(stored: StoredTeacher) -> mx.array:
+    """Ids, logits, total and entropy in one float32 array [B, S, 2 k + 2]: ids below 2^24 are exact."""
+    parts = (
+        stored.ids.astype(mx.float32),
+        stored.values,
+        stored.log_total[..., None],
+        stored.entropy[..., None],
+    )
+    return mx.concatenate(parts, axis=-1)
+
+
+def _added(before: Pair | None, pair: Pair) -> Pair:
+    return pair if before is None else (before[0] + pair[0], before[1] + pair[1])
 
 
 def emptied(memory: Any, reset: Any) -> Any:
@@ -102,20 +195,6 @@ def emptied(memory: Any, reset: Any) -> Any:
         for name, x in memory._asdict().items()
     }
     return type(memory)(**kept)
-
-
-def token_nll(logits: mx.array, labels: mx.array, mask: mx.array) -> mx.array:
-    """Nats of each label, [B, S, V], [B, S] -> float32 [B, S]; 0 where `mask` [B, S] is false."""
-    chosen = mx.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    return mx.where(mask, mx.logsumexp(logits, axis=-1) - chosen, 0.0)
-
-
-def smoothed_nll(logits: mx.array, nll: mx.array, mask: mx.array, smoothing: float) -> mx.array:
-    """(1 - smoothing) of the NLL, and of the mean NLL of all tokens the rest; [B, S]."""
-    if not smoothing:
-        return nll
-    even = mx.logsumexp(logits, axis=-1) - mx.mean(logits, axis=-1)
-    return (1 - smoothing) * nll + smoothing * mx.where(mask, even, 0.0)
 
 
 def averaged(average: Any, learned: Any, decay: float, step: int) -> Any:

@@ -12,8 +12,9 @@ import pytest
 from common.data.corpora import Document
 from common.data.language import TokenDocuments
 from common.errors import UserError
+from common.generation import Generated, SamplingConfig
 from common.language_samples import (
-    Continuation,
+    LanguageGenerator,
     human_metrics,
     measured_samples,
     metrics_table,
@@ -55,11 +56,13 @@ def test_a_model_that_writes_what_the_author_wrote_has_bleu_100(tokenizer: Langu
     )
     prompts = split_prompts(split, count=4, prompt_tokens=5, new_tokens=30, seed=0)
 
-    def author(given: Sequence[Sequence[int]], tokens: int) -> list[Continuation]:
-        assert list(given) == prompts.prompts and tokens == 30
-        return [Continuation(list(text), [*text[:-3], 0, 0, 0]) for text in prompts.human]
+    class Author(LanguageGenerator):
+        def continued(self, given: Sequence[Sequence[int]], *_: object) -> list[Generated]:
+            assert list(given) == prompts.prompts
+            return [Generated(tuple(text), "", "length", 0.1) for text in prompts.human]
 
-    found, made = measured_samples(prompts, author, tokenizer)
+    author = Author("author", None, tokenizer)  # type: ignore[arg-type]
+    found, made = measured_samples(author, prompts, SamplingConfig())
     assert found["bleu_4"] == pytest.approx(100) and found["exploration"] == pytest.approx(0.1)
     assert found["tokens"] == 30 and len(made) == 4
     human = human_metrics(prompts, tokenizer)
