@@ -78,8 +78,8 @@ def make_language_step(
 ) -> LanguageStep:
     """A step: batch -> every term, loss, gradient norm; it changes `state`.
 
-    Dropout and exploration depend on `key`, the step's number, the segment and the row. `steps` of the run say
-    how far it has come. `teacher` runs in every step.
+    Dropout and exploration depend on `key`, the step's number, the segment and the row. `steps` of the run
+    say how far it has come. `teacher` runs in every step.
     """
     train, model, optimizer = recipe.train, state.model, state.optimizer
     optimizer.init(model.trainable_parameters())
@@ -179,7 +179,7 @@ def packed(stored: StoredTeacher) -> mx.array:
         stored.log_total[..., None],
         stored.entropy[..., None],
     )
-    return mx.concatenate(parts, axis=-1)
+    return mx.concatenate(list(parts), axis=-1)
 
 
 def _added(before: Pair | None, pair: Pair) -> Pair:
