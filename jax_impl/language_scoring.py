@@ -22,7 +22,7 @@ from jax_impl.scoring import default_dtype
 from jax_impl.training.language_step import emptied
 
 
-class JaxSegmentScorer:
+class ModelScorer:
     """A model in evaluation, compiled once for each shape of a batch; `set_state` gives it other weights."""
 
     def __init__(self, model: LanguageModel) -> None:
@@ -72,7 +72,7 @@ def _use(
     return np.asarray(read), np.asarray(after.importance), changed.sum(-1)
 
 
-def load_segment_scorer(directory: Path) -> JaxSegmentScorer:
+def load_segment_scorer(directory: Path) -> ModelScorer:
     """The model of a checkpoint directory, in the precision of this device. Raises UserError."""
     model, _ = load_language_model(directory, dtype=default_dtype("auto"))
-    return JaxSegmentScorer(model)
+    return ModelScorer(model)

@@ -21,7 +21,7 @@ from mlx_impl.scoring import default_dtype
 from mlx_impl.training.language_step import emptied
 
 
-class MlxSegmentScorer:
+class ModelScorer:
     """A model in evaluation; `set_state` gives it other weights, for scoring alone."""
 
     def __init__(self, model: LanguageModel) -> None:
@@ -61,10 +61,10 @@ class MlxSegmentScorer:
         return TokenScores(np.asarray(nll), out.memory, *_use(before, out.memory, out.read))
 
 
-def load_segment_scorer(directory: Path) -> MlxSegmentScorer:
+def load_segment_scorer(directory: Path) -> ModelScorer:
     """The model of a checkpoint directory, in the precision of this device. Raises UserError."""
     model, _ = load_language_model(directory, dtype=default_dtype("auto"))
-    return MlxSegmentScorer(model)
+    return ModelScorer(model)
 
 
 def _use(

@@ -23,7 +23,7 @@ from common.language_training import LanguageLoop
 from common.prepare import cache_root
 from common.prepare_language import PreparedLanguage
 from jax_impl.language import build_language_model, load_language_model, save_language_model
-from jax_impl.language_scoring import JaxSegmentScorer
+from jax_impl.language_scoring import ModelScorer
 from jax_impl.losses.language import store_teacher
 from jax_impl.models.decoder import LanguageModel
 from jax_impl.scoring import accelerator, default_dtype
@@ -74,7 +74,7 @@ class LanguageTrainer(LanguageLoop):
             average=jax.tree.map(jnp.copy, learned) if train.average else None,
         )
         self.state: LanguageState = self.devices.replicate(state)
-        self._scorer = JaxSegmentScorer(self.model)
+        self._scorer = ModelScorer(self.model)
         self.say(f"{self.devices.count} {jax.devices()[0].device_kind} device(s), {dtype}")
 
     def _teach(self, dtype: Any) -> tuple[LanguageModel | None, StoredOutputs | None]:
@@ -130,7 +130,7 @@ class LanguageTrainer(LanguageLoop):
     def _learning_rate(self, step: int) -> float:
         return float(learning_rate(self.recipe.train, self.steps)(step - 1))
 
-    def scorer(self) -> JaxSegmentScorer:
+    def scorer(self) -> ModelScorer:
         self._scorer.set_state(self._weights())
         return self._scorer
 

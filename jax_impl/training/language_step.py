@@ -48,9 +48,9 @@ class LanguageState(NamedTuple):
 
     learned: Any
     optimizer: Any
-    step: jax.Array
     memory: Any
     average: Any
+    step: jax.Array
 
 
 Terms = dict[str, Pair]
@@ -111,7 +111,7 @@ def make_language_step(
         logged = means | {"loss": value, "gradient_norm": optax.tree.norm(gradients)}
         if "distillation" in means:
             logged["distillation_weight"] = jnp.asarray(weights["distillation"])
-        return LanguageState(learned, opt_state, state.step + 1, memory, average), logged
+        return LanguageState(learned, opt_state, memory, average, state.step + 1), logged
 
     return devices.compile(step)
 

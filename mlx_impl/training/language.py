@@ -22,7 +22,7 @@ from common.language_training import LanguageLoop
 from common.prepare import cache_root
 from common.prepare_language import PreparedLanguage
 from mlx_impl.language import build_language_model, load_language_model, save_language_model
-from mlx_impl.language_scoring import MlxSegmentScorer
+from mlx_impl.language_scoring import ModelScorer
 from mlx_impl.losses.language import store_teacher
 from mlx_impl.models.decoder import LanguageModel
 from mlx_impl.models.dropout import fold_in
@@ -46,16 +46,17 @@ class LanguageTrainer(LanguageLoop):
             self.model = build_language_model(self.model_config, dtype=dtype, seed=train.seed)
         else:
             self.model, _ = load_language_model(self.base, dtype=dtype, **recipe.rates)
+        memory = self.model.empty_memory(train.batch_size)
         self.state = LanguageState(
             self.model,
             make_optimizer(train, self.steps),
-            self.model.empty_memory(train.batch_size),
+            None if memory is None else memory._asdict(),
             tree_map(mx.array, self.model.trainable_parameters()) if train.average else None,
         )
         taught, self._stored = self._teach(dtype)
         key = fold_in(mx.random.key(train.seed), 1)
         self._step = make_language_step(recipe, self.state, key, self.steps, taught)
-        self._scorer = MlxSegmentScorer(self.model)
+        self._scorer = ModelScorer(self.model)
         self.say(f"{mx.default_device()}, {dtype}")
 
     def _teach(self, dtype: Any) -> tuple[LanguageModel | None, StoredOutputs | None]:
@@ -106,7 +107,7 @@ class LanguageTrainer(LanguageLoop):
     def _learning_rate(self, step: int) -> float:
         return float(learning_rate(self.recipe.train, self.steps)(step - 1))
 
-    def scorer(self) -> MlxSegmentScorer:
+    def scorer(self) -> ModelScorer:
         self._scorer.set_state(self._weights())
         return self._scorer
 

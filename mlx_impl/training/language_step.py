@@ -5,6 +5,7 @@ Twin: jax_impl/training/language_step.py.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -42,14 +43,15 @@ class LanguageInput(NamedTuple):
     )  # [B, S, 2 k + 2], what was stored of a teacher (common.data.teacher); k 0 and S 0 without
 
 
+@dataclasses.dataclass
 class LanguageState:
     """All that changes in training, which a step replaces. `memory` is what the streams have read, by the
     names of its fields, None without one; `average` the running mean of the parameters, None without."""
 
-    def __init__(self, model: LanguageModel, optimizer: optim.Optimizer, memory: Any, average: Any) -> None:
-        self.model, self.optimizer, self.average = model, optimizer, average
-        self.memory: dict[str, mx.array] | None = None if memory is None else memory._asdict()
-        self._kind = type(memory)
+    model: LanguageModel
+    optimizer: optim.Optimizer
+    memory: dict[str, mx.array] | None
+    average: Any
 
     @property
     def step(self) -> mx.array:
@@ -62,7 +64,8 @@ class LanguageState:
 
     def remembered(self) -> Any:
         """The memory as the model takes it."""
-        return None if self.memory is None else self._kind(**self.memory)
+        empty = self.model.empty_memory(1)
+        return None if empty is None or self.memory is None else type(empty)(**self.memory)
 
 
 Terms = dict[str, Pair]
