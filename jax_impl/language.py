@@ -45,7 +45,7 @@ def build_language_model(
 
 
 def load_language_model(
-    directory: Path, *, dtype: jnp.dtype = jnp.float32, **rates: float
+    directory: Path, *, dtype: jnp.dtype = jnp.float32, **rates: Any
 ) -> tuple[LanguageModel, LanguageModelConfig]:
     """The model of a directory and its settings, changed by `rates` of dropout (`hidden_dropout`, ...).
 

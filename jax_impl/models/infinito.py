@@ -5,8 +5,6 @@ Source: DESIGN section 3, Infinito. Twin: mlx_impl/models/infinito.py.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,12 +12,14 @@ from flax import nnx
 from common.language import InfinitoConfig
 from jax_impl.models.bert import layer_keys, linear
 from jax_impl.models.decoder import (
+    Cache,
     DecoderLayer,
     LanguageModel,
     LanguageOutput,
     chosen,
     dropped_embeddings,
     empty_cache,
+    grown,
     insert,
     past_of,
     rms_norm,
@@ -27,15 +27,6 @@ from jax_impl.models.decoder import (
 )
 from jax_impl.models.dropout import dropout
 from jax_impl.models.memory import Memory, SlotMemory, empty_memory
-
-
-class SegmentCache(NamedTuple):
-    """The part of a segment that was read so far."""
-
-    keys: tuple[jax.Array, ...]  # of each layer [N, H, T, K]
-    values: tuple[jax.Array, ...]  # of each layer [N, H, T, K]
-    length: jax.Array  # [N] int32
-    states: jax.Array | None  # [N, T, D], what may be written; None without a memory
 
 
 class Infinito(LanguageModel):
@@ -71,7 +62,7 @@ class Infinito(LanguageModel):
         segments: jax.Array | None = None,
         *,
         memory: Memory | None = None,
-        cache: SegmentCache | None = None,
+        cache: Cache | None = None,
         keys: jax.Array | None = None,
         explore: jax.Array | None = None,
         at: jax.Array | None = None,
@@ -97,8 +88,8 @@ class Infinito(LanguageModel):
             presents.append(present)
             weights.append(weight)
         hidden = dropout(self.norm(x), config.hidden_dropout, keys, site=3)  # [N, S, D]
-        if cache is not None and around.length is not None:
-            cache = self._grown(cache, presents, states, around.length)
+        if cache is not None:
+            cache = self._grown(cache, grown(presents, around), states)
         elif memory is not None and states is not None:
             memory = self.memory.write(memory, states, around.real)
         return LanguageOutput(
@@ -107,32 +98,27 @@ class Infinito(LanguageModel):
             memory=memory,
             cache=cache,
             read=read,
-            attention=tuple(weights) if attention else (),
+            attention=tuple(weight for weight in weights if weight is not None),
         )
 
     def empty_memory(self, rows: int) -> Memory | None:
         return empty_memory(self.config, rows) if self.config.remembers else None
 
-    def empty_cache(self, rows: int, capacity: int) -> SegmentCache:
+    def empty_cache(self, rows: int, capacity: int) -> Cache:
         plain = empty_cache(self.config.blocks(), rows, capacity, self.embed_tokens.dtype)
         shape = (rows, capacity, self.config.hidden_size)
         states = jnp.zeros(shape, self.embed_tokens.dtype) if self.config.remembers else None
-        return SegmentCache(*plain, states)
+        return plain._replace(states=states)
 
-    def remember(self, memory: Memory | None, cache: SegmentCache) -> Memory | None:
+    def remember(self, memory: Memory | None, cache: Cache) -> Memory | None:
         if memory is None or cache.states is None:
             return memory
         real = jnp.arange(cache.states.shape[1]) < cache.length[:, None]  # [N, T]
         return self.memory.write(memory, cache.states, real)
 
-    def _grown(
-        self,
-        cache: SegmentCache,
-        presents: list[tuple[jax.Array, jax.Array]],
-        states: jax.Array | None,
-        length: jax.Array,
-    ) -> SegmentCache:
-        keys, values = zip(*presents, strict=True)
-        if cache.states is not None and states is not None:
-            states = insert(cache.states[:, None], states[:, None], cache.length)[:, 0]  # [N, T, D]
-        return SegmentCache(tuple(keys), tuple(values), length, states)
+    def _grown(self, before: Cache, after: Cache | None, states: jax.Array | None) -> Cache | None:
+        """The cache after a call, with the states that may be written."""
+        if after is None or before.states is None or states is None:
+            return after
+        states = insert(before.states[:, None], states[:, None], before.length)[:, 0]  # [N, T, D]
+        return after._replace(states=states)

@@ -30,6 +30,7 @@ class Cache(NamedTuple):
     keys: tuple[mx.array, ...]  # of each layer [N, G, T, K], turned by position
     values: tuple[mx.array, ...]  # of each layer [N, G, T, K]
     length: mx.array  # [N] int32, tokens read so far
+    states: mx.array | None = None  # Infinito: [N, T, D], what may be written to the memory
 
 
 class LanguageOutput(NamedTuple):
@@ -277,7 +278,7 @@ class Decoder(LanguageModel):
             logits=self.logits(chosen(hidden, at)),
             hidden=hidden,
             cache=grown(presents, around),
-            attention=tuple(weights) if attention else (),
+            attention=tuple(weight for weight in weights if weight is not None),
         )
 
     def logits(self, hidden: mx.array) -> mx.array:

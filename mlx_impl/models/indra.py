@@ -92,7 +92,7 @@ class Indra(LanguageModel):
             hidden=hidden,
             cache=grown(presents, around),
             state=state,
-            attention=tuple(weights) if attention else (),
+            attention=tuple(weight for weight in weights if weight is not None),
         )
 
     def empty_cache(self, rows: int, capacity: int) -> Cache:

@@ -5,19 +5,19 @@ Source: DESIGN section 3, Infinito. Twin: jax_impl/models/infinito.py.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import mlx.core as mx
 
 from common.language import InfinitoConfig
 from mlx_impl.models.bert import layer_keys, linear
 from mlx_impl.models.decoder import (
+    Cache,
     DecoderLayer,
     LanguageModel,
     LanguageOutput,
     chosen,
     dropped_embeddings,
     empty_cache,
+    grown,
     insert,
     past_of,
     rms_norm,
@@ -26,15 +26,6 @@ from mlx_impl.models.decoder import (
 from mlx_impl.models.dropout import dropout
 from mlx_impl.models.layers import Embed, Rngs
 from mlx_impl.models.memory import Memory, SlotMemory, empty_memory
-
-
-class SegmentCache(NamedTuple):
-    """The part of a segment that was read so far."""
-
-    keys: tuple[mx.array, ...]  # of each layer [N, H, T, K]
-    values: tuple[mx.array, ...]  # of each layer [N, H, T, K]
-    length: mx.array  # [N] int32
-    states: mx.array | None  # [N, T, D], what may be written; None without a memory
 
 
 class Infinito(LanguageModel):
@@ -69,7 +60,7 @@ class Infinito(LanguageModel):
         segments: mx.array | None = None,
         *,
         memory: Memory | None = None,
-        cache: SegmentCache | None = None,
+        cache: Cache | None = None,
         keys: mx.array | None = None,
         explore: mx.array | None = None,
         at: mx.array | None = None,
@@ -95,8 +86,8 @@ class Infinito(LanguageModel):
             presents.append(present)
             weights.append(weight)
         hidden = dropout(self.norm(x), config.hidden_dropout, keys, site=3)  # [N, S, D]
-        if cache is not None and around.length is not None:
-            cache = self._grown(cache, presents, states, around.length)
+        if cache is not None:
+            cache = self._grown(cache, grown(presents, around), states)
         elif memory is not None and states is not None:
             memory = self.memory.write(memory, states, around.real)
         return LanguageOutput(
@@ -105,32 +96,27 @@ class Infinito(LanguageModel):
             memory=memory,
             cache=cache,
             read=read,
-            attention=tuple(weights) if attention else (),
+            attention=tuple(weight for weight in weights if weight is not None),
         )
 
     def empty_memory(self, rows: int) -> Memory | None:
         return empty_memory(self.config, rows) if self.config.remembers else None
 
-    def empty_cache(self, rows: int, capacity: int) -> SegmentCache:
+    def empty_cache(self, rows: int, capacity: int) -> Cache:
         plain = empty_cache(self.config.blocks(), rows, capacity, self.embed_tokens.dtype)
         shape = (rows, capacity, self.config.hidden_size)
         states = mx.zeros(shape, self.embed_tokens.dtype) if self.config.remembers else None
-        return SegmentCache(*plain, states)
+        return plain._replace(states=states)
 
-    def remember(self, memory: Memory | None, cache: SegmentCache) -> Memory | None:
+    def remember(self, memory: Memory | None, cache: Cache) -> Memory | None:
         if memory is None or cache.states is None:
             return memory
         real = mx.arange(cache.states.shape[1]) < cache.length[:, None]  # [N, T]
         return self.memory.write(memory, cache.states, real)
 
-    def _grown(
-        self,
-        cache: SegmentCache,
-        presents: list[tuple[mx.array, mx.array]],
-        states: mx.array | None,
-        length: mx.array,
-    ) -> SegmentCache:
-        keys, values = zip(*presents, strict=True)
-        if cache.states is not None and states is not None:
-            states = insert(cache.states[:, None], states[:, None], cache.length)[:, 0]  # [N, T, D]
-        return SegmentCache(tuple(keys), tuple(values), length, states)
+    def _grown(self, before: Cache, after: Cache | None, states: mx.array | None) -> Cache | None:
+        """The cache after a call, with the states that may be written."""
+        if after is None or before.states is None or states is None:
+            return after
+        states = insert(before.states[:, None], states[:, None], before.length)[:, 0]  # [N, T, D]
+        return after._replace(states=states)

@@ -110,11 +110,11 @@ class LSTM(LanguageModel):
             x = dropout(x, config.hidden_dropout, layer_keys(keys, index), site=1)  # [N, S, H]
             after.append((hidden, cell))
         out = self.out_proj(x)  # [N, S, D]
-        hidden, cell = zip(*after, strict=True)
+        hiddens, cells = zip(*after, strict=True)
         return LanguageOutput(
             logits=self.logits(chosen(out, at)),
             hidden=out,
-            memory=RecurrentState(mx.stack(list(hidden), axis=1), mx.stack(list(cell), axis=1)),
+            memory=RecurrentState(mx.stack(list(hiddens), axis=1), mx.stack(list(cells), axis=1)),
         )
 
     def empty_memory(self, rows: int) -> RecurrentState:

@@ -101,10 +101,10 @@ class SlotMemory(nn.Module):
         """
         decay, writes = self.config.memory_decay, min(self.config.memory_writes, states.shape[1])
         importance = mx.sigmoid(self.importance(states.astype(mx.float32))[..., 0])  # [N, S]
-        order = mx.argsort(mx.where(real, -importance, 1.0), axis=1)[:, :writes]  # [N, W]
+        order = mx.stop_gradient(mx.argsort(mx.where(real, -importance, 1.0), axis=1)[:, :writes])  # [N, W]
         active = mx.any(real, axis=1, keepdims=True)
         old = mx.where(active, decay * memory.importance, memory.importance)  # [N, M]
-        ranks = mx.argsort(mx.argsort(old, axis=1), axis=1)
+        ranks = mx.stop_gradient(mx.argsort(mx.argsort(old, axis=1), axis=1))
         source = mx.take_along_axis(order, mx.minimum(ranks, writes - 1), axis=1)  # [N, M]
         replaced = (ranks < writes) & mx.take_along_axis(real, source, axis=1)
         new = gathered(states.astype(mx.float32), source)  # [N, M, D]
