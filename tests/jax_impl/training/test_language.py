@@ -21,7 +21,8 @@ from jax_impl.language_scoring import load_segment_scorer
 from jax_impl.training.language import LanguageTrainer
 from tests.tiny_language import recipe, write_articles, write_corpus
 
-KINDS = ("decoder", "indra", "infinito")
+slow = pytest.mark.slow
+KINDS = (pytest.param("decoder", marks=slow), pytest.param("indra", marks=slow), "infinito")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -129,6 +130,7 @@ def test_a_teacher_with_another_vocabulary_is_refused_with_both_sizes(corpus: Pa
         train(student, tmp_path)
 
 
+@slow
 def test_a_stored_teacher_teaches_as_one_that_runs_in_every_step(corpus: Path, tmp_path: Path) -> None:
     _, folder, _ = train(recipe("decoder", corpus, max_steps=2, evaluations=1), tmp_path)
     losses = []
