@@ -111,6 +111,17 @@ def load_trainer(backend: str = "auto") -> Callable[..., Any]:
     return trainer
 
 
+def load_language_trainer(backend: str = "auto") -> Callable[..., Any]:
+    """The LanguageTrainer of a backend: as load_trainer's, of a language model's recipe."""
+    trainer: Callable[..., Any] = language_module(backend, "training.language").LanguageTrainer
+    return trainer
+
+
+def language_module(backend: str, name: str) -> Any:
+    """A backend's module about language models, by its path in the package."""
+    return importlib.import_module(f"{_module(backend).__name__.partition('.')[0]}.{name}")
+
+
 def backend_name(backend: str = "auto") -> str:
     """The backend that `auto` stands for here, or the one that is named. UserError when not installed."""
     _module(backend)

@@ -501,7 +501,14 @@ def _increasing(values: Sequence[int]) -> bool:
     return bool(values) and values[0] >= 8 and all(a < b for a, b in itertools.pairwise(values))
 
 
-def load_recipe(path: str, preset: str | None = None) -> RerankerConfig:
+def recipe_kinds() -> tuple[type, ...]:
+    """Every class that a recipe may return."""
+    from common.config_language import LANGUAGE_RECIPES  # which is written with this module's checks
+
+    return (RerankerConfig, *LANGUAGE_RECIPES)
+
+
+def load_recipe(path: str, preset: str | None = None) -> Any:
     """The config that a recipe file returns from `get_config(preset)`; a UserError names what is wrong."""
     file = Path(path)
     if not file.is_file():
@@ -530,7 +537,7 @@ def _explained(file: Path) -> Iterator[None]:
         yield
     except (SyntaxError, ImportError, NameError, TypeError, AttributeError) as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        known = sorted(_field_names(RerankerConfig))
+        known = sorted(set().union(*map(_field_names, recipe_kinds())))
         ends = {name.rsplit(".", 1)[-1]: name for name in known}
         near = nearest(unknown[1], ends, 0.6) if unknown else None
         hint = f"; did you mean {ends[near]}?" if near else ""
@@ -556,14 +563,31 @@ def parse_command(
     argv: Sequence[str] | None = None,
     options: type[Options] = RunOptions,  # type: ignore[assignment]
 ) -> tuple[RerankerConfig, Options]:
-    """Read `--config FILE [--preset P] [--field.name value ...]` into a validated config and run options.
+    """parse_recipe for a command that is about rerankers; UserError for another kind of recipe."""
+    config, given = parse_recipe(description, argv, options)
+    if not isinstance(config, RerankerConfig):
+        raise UserError(
+            f"--config: {config.name} is the recipe of a {type(config).__name__}, and this command is for "
+            "rerankers: name a recipe such as configs/quantum_resonance.py"
+        )
+    return config, given
+
+
+def parse_recipe(
+    description: str,
+    argv: Sequence[str] | None = None,
+    options: type[Options] = RunOptions,  # type: ignore[assignment]
+    config_path: str | None = "configs/quantum_resonance.py",
+) -> tuple[Any, Options]:
+    """Read `--config FILE [--preset P] [--field.name value ...]` into a validated recipe and run options.
 
     `--data X` is short for `--data.name X`. `options` is a dataclass of the command's own flags.
     """
     argv = [_spelled_out(word) for word in (sys.argv[1:] if argv is None else argv)]
-    config_path, argv = take_flag(argv, "--config", "configs/quantum_resonance.py")
+    config_path, argv = take_flag(argv, "--config", config_path)
     preset, argv = take_flag(argv, "--preset", None)
-    assert config_path is not None
+    if config_path is None:
+        raise UserError("--config FILE is missing: a recipe of configs/")
     settings, run = parse_settings(description, argv, load_recipe(config_path, preset), options)
     return settings.validate(), run
 
@@ -583,7 +607,7 @@ def parse_settings(
             ("run", Annotated[options, tyro.conf.arg(name="")], dataclasses.field(default=options())),
             (
                 "settings",
-                Annotated[type(default), tyro.conf.arg(name="")],
+                Annotated[type(default), tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands],
                 dataclasses.field(default=default),
             ),
         ],

@@ -20,8 +20,8 @@ Transform = Literal["transpose", "identity"]
 
 # A module's name -> what its `weight` is called in the model, and how the stored array becomes the model's.
 RULES: tuple[tuple[str, str, Transform], ...] = (
-    (r"\w+_embeddings", "embedding", "identity"),
-    (r"\w*LayerNorm|(\w+_)?norm", "scale", "identity"),
+    (r"\w+_embeddings|embed_tokens", "embedding", "identity"),
+    (r"\w*LayerNorm|\w*layernorm|(\w+_)?norm", "scale", "identity"),
     (r"\w+", "kernel", "transpose"),  # every other weight belongs to a linear layer, stored [out, in]
 )
 

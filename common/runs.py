@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from common.checkpoint import check_writable, read_json, to_json, write_file
-from common.config import RerankerConfig, to_dict
+from common.config import recipe_kinds, to_dict
 from common.errors import UserError, listed
 
 Metrics = dict[str, Any]  # one line of metrics.jsonl: step, kind, time and the values
@@ -300,7 +300,7 @@ def _same_run(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> 
 
     A setting that is newer than the run had its default then.
     """
-    usual = {"config": json.loads(to_json(to_dict(RerankerConfig())))}
+    usual = {"config": _usual(now["config"])}
     old, new = (dict(_flat({key: run.get(key) for key in now})) for run in (before, now))
     old = {key: value for key, value in _flat(usual) if key in new} | old
     differ = [
@@ -313,6 +313,18 @@ def _same_run(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> 
             f"{path} is a run with other settings:\n{listed(differ)}\n"
             "Give this one another --name, or --fresh to delete the old run and start over."
         )
+
+
+def _usual(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of the kind of recipe that a config is."""
+    defaults = (json.loads(to_json(to_dict(kind()))) for kind in recipe_kinds())
+    same = (usual for usual in defaults if usual.keys() == config.keys())
+    return next((usual for usual in same if _model_kind(usual) == _model_kind(config)), {})
+
+
+def _model_kind(config: Mapping[str, Any]) -> set[str]:
+    model = config.get("model")
+    return set(model) if isinstance(model, Mapping) else set()
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

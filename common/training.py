@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 
 from common.backends import Scores
 from common.config import RerankerConfig
+from common.config_language import LanguageRecipe
 from common.data.records import Run
 from common.errors import UserError, out_of_memory
 from common.hub import DEFAULT_MODEL
@@ -103,7 +105,7 @@ def check_model(config: RerankerConfig, model_type: str, head: str) -> None:
         raise UserError(f"{config.model.base} has another head than the recipe's: {'; '.join(wrong)}")
 
 
-def planned_steps(config: RerankerConfig, steps_per_epoch: int) -> int:
+def planned_steps(config: RerankerConfig | LanguageRecipe, steps_per_epoch: int) -> int:
     """Optimizer steps of a run: `epochs` of the lists, at least `min_steps`, at most `max_steps`."""
     train = config.train
     wanted = round(train.epochs * steps_per_epoch) if train.epochs else train.max_steps or 0
@@ -180,19 +182,38 @@ def interruptible() -> Iterator[list[bool]]:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def explained(config: RerankerConfig) -> Iterator[None]:
+def finite(step: int, logged: Mapping[str, Any]) -> dict[str, float]:
+    """A step's values as floats; UserError names those that are not finite."""
+    values = {name: float(np.asarray(value).flat[0]) for name, value in logged.items()}
+    if not all(map(math.isfinite, values.values())):
+        broken = ", ".join(name for name, value in values.items() if not math.isfinite(value))
+        raise UserError(
+            f"step {step}: {broken} is not a finite number; what was learned since the last state "
+            "is lost. Lower --train.learning-rate or --train.max-grad-norm, then start --fresh."
+        )
+    return values
+
+
+def explained(config: RerankerConfig) -> contextlib.AbstractContextManager[None]:
     """Turn running out of memory into the settings that lower it."""
+    train, data = config.train, config.data
+    return memory_explained(
+        f"raise --train.micro-batches (now {train.micro_batches}), which keeps the "
+        f"result, or lower --train.batch-size ({train.batch_size}), --data.list-size ({data.list_size}), "
+        f"or --data.max-passage-tokens ({data.max_passage_tokens}); or set --model.use-lora"
+    )
+
+
+@contextlib.contextmanager
+def memory_explained(advice: str) -> Iterator[None]:
+    """Turn running out of memory into a UserError with `advice`."""
     try:
         yield
     except Exception as error:
         if not out_of_memory(error):
             raise
         text = str(error)
-        train, data = config.train, config.data
         raise UserError(
-            f"out of memory: raise --train.micro-batches (now {train.micro_batches}), which keeps the "
-            f"result, or lower --train.batch-size ({train.batch_size}), --data.list-size ({data.list_size}), "
-            f"or --data.max-passage-tokens ({data.max_passage_tokens}); or set --model.use-lora. "
-            f"Then start --fresh or with another --name. ({text.splitlines()[0] if text else 'host memory'})"
+            f"out of memory: {advice}. Then start --fresh or with another --name. "
+            f"({text.splitlines()[0] if text else 'host memory'})"
         ) from error

@@ -100,9 +100,9 @@ def load_cross_encoder(
     rngs = nnx.Rngs(seed)
     reranker = _build(directory, config, sizes, settings, dtype, rngs)
     optional, droppable = ((), ()) if ours else (family.new, family.foreign)
-    _fill(reranker, tensors, directory, optional=optional, droppable=droppable, skip_head=True)
+    fill(reranker, tensors, directory, optional=optional, droppable=droppable, skip_head=True)
     if ours:
-        _fill(reranker.resonance, read_tensors(directory / HEAD_FILE), directory / HEAD_FILE)
+        fill(reranker.resonance, read_tensors(directory / HEAD_FILE), directory / HEAD_FILE)
     else:
         _begin(reranker, head_start(settings, start), rngs)
         settings["start"] = start
@@ -122,7 +122,7 @@ def load_bi_encoder(directory: Path, *, dtype: jnp.dtype = jnp.float32) -> BiEnc
     tensors = keymap.with_prefix(family, read_tensors(directory), where=directory)
     model = BiEncoder(encoder(sizes, dtype=dtype, rngs=nnx.Rngs(0)))
     droppable = (*family.foreign, *family.new)
-    _fill(model.encoder, tensors, directory, family.prefix, optional=family.new, droppable=droppable)
+    fill(model.encoder, tensors, directory, family.prefix, optional=family.new, droppable=droppable)
     return model
 
 
@@ -223,7 +223,7 @@ def _name(part: object) -> str | int:
     return part if isinstance(part, int) else str(part)
 
 
-def _fill(
+def fill(
     model: nnx.Module,
     tensors: Arrays,
     where: Path,

@@ -102,9 +102,9 @@ def load_cross_encoder(
     rngs = Rngs(seed)
     reranker = _build(directory, config, sizes, settings, dtype, rngs)
     optional, droppable = ((), ()) if ours else (family.new, family.foreign)
-    _fill(reranker, tensors, directory, optional=optional, droppable=droppable, skip_head=True)
+    fill(reranker, tensors, directory, optional=optional, droppable=droppable, skip_head=True)
     if ours:
-        _fill(reranker.resonance, read_tensors(directory / HEAD_FILE), directory / HEAD_FILE)
+        fill(reranker.resonance, read_tensors(directory / HEAD_FILE), directory / HEAD_FILE)
     else:
         _begin(reranker, head_start(settings, start), rngs)
         settings["start"] = start
@@ -124,7 +124,7 @@ def load_bi_encoder(directory: Path, *, dtype: mx.Dtype = mx.float32) -> BiEncod
     tensors = keymap.with_prefix(family, read_tensors(directory), where=directory)
     model = BiEncoder(encoder(sizes, dtype=dtype, rngs=Rngs(0)))
     droppable = (*family.foreign, *family.new)
-    _fill(model.encoder, tensors, directory, family.prefix, optional=family.new, droppable=droppable)
+    fill(model.encoder, tensors, directory, family.prefix, optional=family.new, droppable=droppable)
     return model
 
 
@@ -215,7 +215,7 @@ def _parameters(model: nn.Module) -> dict[str, mx.array]:
     return dict(sorted(flat))
 
 
-def _fill(
+def fill(
     model: nn.Module,
     tensors: Arrays,
     where: Path,

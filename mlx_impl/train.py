@@ -1,10 +1,12 @@
 """Train with MLX: the command of the Mac user. An interrupted run goes on with the same command.
 
-rerank  a reranker's recipe; settings, runs and checkpoints are those of scripts/train.py
-sft     a query expander for QMD: LoRA on Qwen3 by configs/sft.yaml
-grpo    the same, further, by reinforcement: a fresh LoRA above the SFT model by configs/grpo.yaml
+rerank    a reranker's recipe; settings, runs and checkpoints are those of scripts/train.py
+language  a language model's recipe, likewise
+sft       a query expander for QMD: LoRA on Qwen3 by configs/sft.yaml
+grpo      the same, further, by reinforcement: a fresh LoRA above the SFT model by configs/grpo.yaml
 
 example: python mlx_impl/train.py rerank --config configs/quantum_resonance.py --train.epochs 2
+example: python mlx_impl/train.py language --config configs/infinito_small.py
 example: python mlx_impl/train.py sft && python mlx_impl/train.py grpo
 
 On several Macs (docs/apple.md):
@@ -43,8 +45,7 @@ def rerank(argv: Sequence[str]) -> None:
     """scripts/train.py on MLX, in each process that `mlx.launch` started."""
     from scripts import train
 
-    if any(word.partition("=")[0] == "--backend" for word in argv):
-        raise UserError("mlx_impl/train.py trains with MLX: leave out --backend, or use scripts/train.py.")
+    _refuse_backend(argv)
     argv = [*argv, "--backend", "mlx"]
     if {"-h", "--help"} & set(argv):
         train.main(argv, __doc__)
@@ -57,6 +58,21 @@ def rerank(argv: Sequence[str]) -> None:
             _work(lambda runs: train.main([*argv, "--runs", runs, "--no-evaluate-test"], __doc__))
     finally:
         world.leave()
+
+
+def language(argv: Sequence[str]) -> None:
+    """scripts/train.py on MLX with a language model's recipe, in this process."""
+    from scripts import train
+
+    _refuse_backend(argv)
+    if not any(word.partition("=")[0] == "--config" for word in argv):
+        argv = ["--config", "configs/infinito_small.py", *argv]
+    train.main([*argv, "--backend", "mlx"], __doc__)
+
+
+def _refuse_backend(argv: Sequence[str]) -> None:
+    if any(word.partition("=")[0] == "--backend" for word in argv):
+        raise UserError("mlx_impl/train.py trains with MLX: leave out --backend, or use scripts/train.py.")
 
 
 def sft(argv: Sequence[str]) -> None:
@@ -118,7 +134,10 @@ def _work(train: Callable[[str], None]) -> None:
         train(runs)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"rerank": rerank, "sft": sft, "grpo": grpo}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    **{"rerank": rerank, "language": language},
+    **{"sft": sft, "grpo": grpo},
+}
 
 if __name__ == "__main__":
     run_command(main)

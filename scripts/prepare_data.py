@@ -1,20 +1,26 @@
-"""Load and check a recipe's data; compute candidates and vectors, which training then finds on disk.
+"""Load and check a recipe's data and write what training finds on disk: of a reranker or a language model.
 
 example: python scripts/prepare_data.py --data ../shared/data/scifact --data.max-passage-tokens 192
+example: python scripts/prepare_data.py mixed --data.tokenizer llama2
 
-Takes the settings of scripts/train.py: --config FILE, --preset NAME, --data NAME.
+Takes the settings of scripts/train.py: --config FILE, --preset NAME, --data NAME. A corpus named first
+(mixed, wikitext-2, alpaca, pydocs, a file or folder) is tokenized for configs/indra.py, or for the --config
+of another language model.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from common.backends import load_encoder
-from common.config import parse_command
+from common.config import RerankerConfig, parse_recipe
+from common.config_language import LanguageRecipe
 from common.errors import run_command
 from common.prepare import cache_root, candidates, load_data, plan_batches, prepare, resolve_base
+from common.prepare_language import counted_tokens, plan_language, prepare_language
 from common.text import PairTokenizer
 from common.workflow import check_splits
 
@@ -27,7 +33,32 @@ class PrepareOptions:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config, options = parse_command(__doc__ or "", argv, PrepareOptions)
+    words, usual = list(sys.argv[1:] if argv is None else argv), "configs/quantum_resonance.py"
+    if words and not words[0].startswith("-"):
+        words, usual = ["--data", *words], "configs/indra.py"
+    config, options = parse_recipe(__doc__ or "", words, PrepareOptions, usual)
+    if isinstance(config, LanguageRecipe):
+        language(config)
+    else:
+        ranking(config, options)
+
+
+def language(recipe: LanguageRecipe, say: Callable[[str], None] = print) -> None:
+    """Corpus, tokenizer and tokens of a language model, and the size of its epoch."""
+    prepared = prepare_language(recipe, say=say)
+    documents = prepared.split("train")
+    plan = plan_language(recipe, documents, prepared.tokenizer.end)
+    counted = int(counted_tokens(documents).sum())
+    say(f"train: {len(documents.ids):,} tokens, {counted:,} of which are counted")
+    train = recipe.train
+    say(
+        f"epoch: {len(plan):,} steps of {train.batch_size} x {train.unroll} x {recipe.model.context} tokens\n"
+        f"tokens: {prepared.tokens}"
+    )
+
+
+def ranking(config: RerankerConfig, options: PrepareOptions) -> None:
+    """Data, candidates, vectors and training lists of a reranker."""
     settings = config.data
     base = resolve_base(config)
     data = load_data(settings)

@@ -2,6 +2,7 @@
 
 example: python scripts/train.py --config configs/quantum_resonance.py --train.epochs 2
 
+Rerankers: configs/quantum_resonance.py, ... Language models: configs/infinito_small.py, infinito.py, indra.py
 A recipe's presets: --preset quick. Other data: --data FILE_OR_FOLDER. Beside an earlier run: --name NAME.
 All GPUs of a host are used. Several processes, on one host or many: srun or mpirun before the command, or in
 each --coordinator HOST:PORT --processes N --process I (docs/scaling.md).
@@ -13,19 +14,39 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.config import RerankerConfig, RunOptions, parse_command
+from common.config import RerankerConfig, RunOptions, parse_recipe
+from common.config_language import LanguageRecipe
 from common.errors import run_command
+from common.language_workflow import train_language
 from common.report import tables_text
 from common.workflow import train_recipe
 
 
 def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
-    config, options = parse_command(description or __doc__ or "", argv, RunOptions)
+    config, options = parse_recipe(description or __doc__ or "", argv, RunOptions)
+    if isinstance(config, LanguageRecipe):
+        language(config, options)
+        return
     trained = train_recipe(config, options)
     if trained.finished_before:
         print(tables_text(trained.tables))
         print(f"{trained.folder} is finished; --fresh starts it over, --name begins another.")
     print(next_steps(config, trained.folder, trained.first_stage))
+
+
+def language(recipe: LanguageRecipe, options: RunOptions) -> None:
+    """Train a language model; its test perplexity, and what to type next."""
+    trained = train_language(recipe, options)
+    print(tables_text(trained.tables))
+    if trained.finished_before:
+        print(f"{trained.folder} is finished; --fresh starts it over, --name begins another.")
+    best = shlex.quote(str(trained.best))
+    data = shlex.quote(recipe.data.name)
+    print(
+        f"checkpoint: {trained.best}\nreport: {trained.folder / 'report.html'}\n"
+        f'next: python scripts/generate.py --model {best} --prompt "..."\n'
+        f"      python scripts/evaluate_lm.py --model {best} --data {data} --metrics all"
+    )
 
 
 def next_steps(config: RerankerConfig, run: Path, first_stage: str) -> str:

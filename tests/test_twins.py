@@ -44,6 +44,7 @@ RENAMED = {
 JAX_ONLY = {
     "models/bert.py: product",  # a gradient written for XLA's CPU; in MLX `@`
     "models/modernbert.py: layer_norm(rngs)",  # NNX asks for keys where nothing is drawn
+    "models/decoder.py: rms_norm(rngs)",  # the same
     # in MLX Trainer.world: a process for each Mac, and one device in each
     "training/loop.py: Trainer.processes",
     "training/loop.py: Trainer.devices",
@@ -56,6 +57,11 @@ JAX_ONLY = {
     "training/step.py: TrainState.fixed",
     "training/step.py: make_step(graphdef)",
     "training/step.py: make_step(optimizer)",
+    "training/language.py: LanguageTrainer.devices",
+    "training/language_step.py: LanguageState.learned",
+    "training/language_step.py: make_language_step(graphdef)",
+    "training/language_step.py: make_language_step(optimizer)",
+    "training/language_step.py: make_language_step(devices)",
 }
 MLX_ONLY = {
     "models/bert.py: MASKED",  # JAX adds the least float32, which a fused kernel may turn into NaN
@@ -66,6 +72,11 @@ MLX_ONLY = {
     "training/step.py: TrainState.model",  # as above
     "training/step.py: TrainState.arrays",
     "training/step.py: make_step(state)",
+    "training/language_step.py: LanguageState.model",
+    "training/language_step.py: LanguageState.arrays",
+    "training/language_step.py: LanguageState.remembered",
+    "training/language_step.py: make_language_step(state)",
+    "training/state.py: Stepped.arrays",
     "training/step.py: make_step(world)",  # in JAX `placed`
     "training/loop.py: Trainer.world",  # in JAX Trainer.mesh
 }

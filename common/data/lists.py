@@ -5,11 +5,8 @@ Written by a TFDS builder and read by random access, both without TensorFlow.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import hashlib
-import io
-import os
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from common.data.array_records import Records, write_once
 from common.data.combined import runs_by_part
 from common.data.records import RankingData, Run, relevant_passages, same_words
 from common.errors import UserError
 
+WHAT = "the training lists"
 NO_POSITIVE = "queries without a relevant passage"
 NOT_RETRIEVED = "queries whose relevant passages the first stage does not find"
 NO_NEGATIVE = "queries without a negative"
@@ -198,58 +197,26 @@ def write_lists(lists: Sequence[TrainingList], directory: str | Path) -> Path:
     The same lists are written once; several processes may write at the same time. UserError when the folder
     cannot be written.
     """
-    try:
-        return _write_lists(lists, Path(directory))
-    except OSError as error:  # TFDS's own for a full disk has neither a number nor a file
-        raise UserError(
-            f"{directory}: the training lists cannot be written ({error}). Free some space or mend the "
-            "folder, or name another with $RESONANCE_CACHE; the same command then goes on."
-        ) from error
-
-
-def _write_lists(lists: Sequence[TrainingList], directory: Path) -> Path:
-    import tensorflow_datasets as tfds
-
-    directory.mkdir(parents=True, exist_ok=True)
-    place = directory / hashlib.sha256("".join(map(repr, lists)).encode()).hexdigest()[:16]
-    if place.exists():
-        return place
-    mode = tfds.download.DownloadConfig(download_mode=tfds.GenerateMode.REUSE_CACHE_IF_EXISTS)
-    # TFDS narrates downloads that there are none of; the caller says what was written.
-    with (
-        tempfile.TemporaryDirectory(dir=directory) as made,
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        builder = _builder_class()(lists, data_dir=made, file_format="array_record")
-        builder.download_and_prepare(download_dir=str(Path(made) / "downloads"), download_config=mode)
-        try:
-            os.rename(builder.data_dir, place)
-        except OSError:
-            if not place.exists():  # by another process in the meantime
-                raise
-    return place
+    place = Path(directory) / hashlib.sha256("".join(map(repr, lists)).encode()).hexdigest()[:16]
+    return write_once(place, functools.partial(_builder_class(), lists), WHAT)
 
 
 class StoredLists:
     """Random access to written lists: len(lists), lists[i]. UserError where a file is unreadable."""
 
-    def __init__(self, directory: Path, records: Any) -> None:
-        self.directory = directory
+    def __init__(self, records: Records) -> None:
+        self.directory = records.directory
         self._records = records
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> TrainingList:
-        if not 0 <= index < len(self):
-            raise IndexError(f"list {index} of {len(self)}")
+        record = self._records[index]
         try:
-            return _from_record(self._records[index])
-        except (
-            Exception
-        ) as error:  # ArrayRecord and TFDS raise RuntimeError, ValueError, TypeError and others
-            raise _unreadable(self.directory, f"list {index}: {error}") from error
+            return _from_record(record)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise self._records.unreadable(f"list {index}: {error}") from error
 
     def __iter__(self) -> Iterator[TrainingList]:
         return (self[i] for i in range(len(self)))
@@ -257,25 +224,7 @@ class StoredLists:
 
 def read_lists(directory: str | Path) -> StoredLists:
     """Open what write_lists returned. Raises UserError when it is missing or damaged."""
-    import tensorflow_datasets as tfds
-
-    path = Path(directory)
-    if not (path / "dataset_info.json").is_file():
-        raise _unreadable(path, "there is no dataset_info.json")
-    try:
-        lists = StoredLists(path, tfds.builder_from_directory(path).as_data_source("train"))
-    except Exception as error:  # TFDS raises many kinds for a damaged description
-        raise _unreadable(path, str(error)) from error
-    if len(lists):
-        lists[len(lists) - 1]  # a truncated file lacks its end: say so now
-    return lists
-
-
-def _unreadable(directory: Path, what: str) -> UserError:
-    return UserError(
-        f"{directory}: the training lists cannot be read ({what}); delete this folder, and the same command "
-        "writes them again"
-    )
+    return StoredLists(Records(directory, "train", WHAT))
 
 
 def _one_list(

@@ -42,6 +42,7 @@ GROUP_LIMIT = 60  # passages of one group
 # chosen so that standard modules and packages are spread over the splits
 SPLIT_SALT = "pydocs-13:"
 QUERY_LIMITS = {"test": 300, "dev": 200}  # judged queries; the passages stay in the corpus
+FEWEST_CHARACTERS = 200_000  # of running text to train a language model on
 FEWEST = {"train": 200, "dev": 30, "test": 60}
 
 
@@ -82,6 +83,31 @@ def build_pydocs() -> RankingData:
         qrels=qrels,
         dropped=dict(dropped),
     ).validate()
+
+
+def pydocs_texts() -> dict[str, list[str]]:
+    """Split -> documentation as running text, one for each group of modules; for language models.
+
+    A docstring stands behind its qualified name and signature, and each stands once. Raises UserError when
+    there is too little.
+    """
+    seen: set[str] = set()
+    texts: dict[str, dict[str, list[str]]] = {split: defaultdict(list) for split in ("train", "dev", "test")}
+    for docstring in _docstrings(Counter()):
+        text = inspect.cleandoc(docstring.text).strip()
+        key = _key(text)[:400]
+        if len(text.split()) < BODY_WORDS[0] or key in seen:
+            continue
+        seen.add(key)
+        where, group = docstring.name.rpartition(".")[0], _group(docstring.name)
+        texts[_split(group)][group].append(f"{where}: {docstring.signature}\n\n{text}\n\n")
+    found = {split: ["".join(parts) for _, parts in sorted(items.items())] for split, items in texts.items()}
+    if sum(map(len, found["train"])) < FEWEST_CHARACTERS:
+        raise UserError(
+            f"pydocs: fewer than {FEWEST_CHARACTERS:,} characters of documentation are on this machine. Use "
+            "an interpreter with its .py files, or name other data (a .txt file)."
+        )
+    return found
 
 
 def _check_sizes(qrels: dict[str, Qrels]) -> None:

@@ -6,6 +6,8 @@ Twin: mlx_impl/models/dropout.py.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -32,6 +34,17 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array | None, site: int) -> jax
     position = jnp.arange(x[0].size, dtype=jnp.uint32).reshape(x.shape[1:])
     bits = _mixed(_mixed(position + words[:, 0]) ^ words[:, 1])
     return jnp.where(bits >= jnp.uint32(round(rate * 2**32)), x * (1 / (1 - rate)), 0).astype(x.dtype)
+
+
+def gaussian(shape: tuple[int, ...], keys: jax.Array, site: int) -> jax.Array:
+    """Standard normal float32 of `shape` [N, ...], a row from its own key of `keys` [N] (Box-Muller)."""
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, site)
+    words = jax.random.key_data(keys).reshape(-1, 2, *[1] * (len(shape) - 1))
+    position = jnp.arange(math.prod(shape[1:]), dtype=jnp.uint32).reshape(shape[1:])
+    first = _mixed(_mixed(position + words[:, 0]) ^ words[:, 1])
+    second = _mixed(first ^ words[:, 0])
+    radius, turn = (((bits >> 8).astype(jnp.float32) + 0.5) * 2.0**-24 for bits in (first, second))
+    return jnp.sqrt(-2.0 * jnp.log(radius)) * jnp.cos(2.0 * math.pi * turn)
 
 
 def _mixed(x: jax.Array) -> jax.Array:

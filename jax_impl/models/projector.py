@@ -61,14 +61,18 @@ class Projector(nnx.Module):
             raise ValueError(f"parameterisation is {parameterisation!r}; allowed: cartesian, polar, real")
 
     def __call__(self, hidden: jax.Array) -> State:
+        return normalise(*self.amplitudes(hidden), self.blocks)
+
+    def amplitudes(self, hidden: jax.Array) -> State:
+        """Z before it is normalised, (re, im) each [..., C]."""
         if self.parameterisation == "cartesian":
-            return normalise(self.proj_re(hidden), self.proj_im(hidden), self.blocks)
+            return self.proj_re(hidden), self.proj_im(hidden)
         if self.parameterisation == "real":
             first, second = jnp.split(self.proj(hidden), 2, axis=-1)  # [..., C] each
-            return normalise(first, second, self.blocks)
+            return first, second
         magnitude = jax.nn.softplus(self.magnitude(hidden))  # [..., C]
         phase = jnp.pi * jnp.tanh(self.phase(hidden))  # [..., C]
-        return normalise(magnitude * jnp.cos(phase), magnitude * jnp.sin(phase), self.blocks)
+        return magnitude * jnp.cos(phase), magnitude * jnp.sin(phase)
 
 
 def normalise(re: jax.Array, im: jax.Array, blocks: int = 1) -> State:

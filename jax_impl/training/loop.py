@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from common.training import (
     DevSet,
     check_model,
     explained,
+    finite,
     interruptible,
     model_card,
     planned_steps,
@@ -176,7 +176,7 @@ class Trainer:
                     ends = notes["stopped"] = True
                 ends = self._asked_to_stop(step, stop) or ends
                 if step % train.checkpoint_every == 0 or step == self.steps or ends:
-                    self._log_finite(step, logged)
+                    finite(step, logged)
                     states.save(self.devices.whole(self.state), notes | {"data": batches.get_state()})
                 if ends:
                     break
@@ -215,7 +215,7 @@ class Trainer:
         )
 
     def _log(self, step: int, logged: dict[str, Any]) -> str:
-        values = self._log_finite(step, logged)
+        values = finite(step, logged)
         phase = self._phase(step)
         rate = float(learning_rate(self.config.train, self.steps)(step - 1))
         settings = {"temperature": phase.temperature, "ramp": phase.ramp, "learning_rate": rate}
@@ -223,16 +223,6 @@ class Trainer:
             settings["openness"] = self._openness(step)
         self.folder.log(step, "train", values | settings)
         return f"loss {values['loss']:.4f}"
-
-    def _log_finite(self, step: int, logged: dict[str, Any]) -> dict[str, float]:
-        values = {name: float(np.asarray(value).flat[0]) for name, value in logged.items()}
-        if not all(map(math.isfinite, values.values())):
-            broken = ", ".join(name for name, value in values.items() if not math.isfinite(value))
-            raise UserError(
-                f"step {step}: {broken} is not a finite number; what was learned since the last state "
-                "is lost. Lower --train.learning-rate or --train.max-grad-norm, then start --fresh."
-            )
-        return values
 
     def _evaluate(self, step: int, notes: dict[str, Any]) -> bool:
         """Score dev, keep the best checkpoint; true when training should stop early."""

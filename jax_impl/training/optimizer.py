@@ -13,13 +13,14 @@ import numpy as np
 import optax
 
 from common.config import TrainConfig
+from common.config_language import LanguageTrainConfig
 
 UNDECAYED = {"bias", "scale", "u", "gamma", "b"}  # last names of parameters that weight decay leaves alone
 # what the portable score has beside the encoder, in any family
 PORTABLE = {"pooler", "pre_classifier", "head", "classifier"}
 
 
-def learning_rate(config: TrainConfig, steps: int) -> Callable[[Any], Any]:
+def learning_rate(config: TrainConfig | LanguageTrainConfig, steps: int) -> Callable[[Any], Any]:
     """Rate as a function of the step: linear warm-up to `learning_rate`, then the schedule down to 0."""
     warmup = min(round(config.warmup * steps), steps - 1)
     rest = steps - warmup
@@ -33,7 +34,7 @@ def learning_rate(config: TrainConfig, steps: int) -> Callable[[Any], Any]:
     return optax.join_schedules([rise, after], [warmup])
 
 
-def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: TrainConfig | LanguageTrainConfig, steps: int) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW (b1 0.9, b2 0.999, eps 1e-8), PORTABLE at a rate of its own."""
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),

@@ -8,15 +8,24 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from common.errors import UserError
-from jax_impl.training.step import TrainState
 
 KEPT = 2
+
+
+class Stepped(Protocol):
+    """A pytree of arrays that knows how many steps it has taken: jax_impl.training.step.TrainState."""
+
+    @property
+    def step(self) -> jax.Array: ...
+
+
+State = TypeVar("State", bound=Stepped)
 
 
 class StateFolder:
@@ -39,7 +48,7 @@ class StateFolder:
         found = self._checkpointer.latest
         return None if found is None else int(found.step)
 
-    def save(self, state: TrainState, notes: dict[str, Any]) -> None:
+    def save(self, state: Stepped, notes: dict[str, Any]) -> None:
         """Write the state of its step; a broken write leaves the earlier ones whole (UserError)."""
         step = int(state.step)
         if step == self.latest():
@@ -53,7 +62,7 @@ class StateFolder:
                 "space; the same command then goes on from the last whole state."
             ) from error
 
-    def load(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def load(self, like: State) -> tuple[State, dict[str, Any]]:
         """The latest state, placed as `like` is, and its notes. UserError when it does not fit `like`."""
         step = self.latest()
         assert step is not None
@@ -82,6 +91,6 @@ class StateFolder:
                 raise
 
 
-def _arrays(state: TrainState) -> dict[str, jax.Array]:
+def _arrays(state: Stepped) -> dict[str, jax.Array]:
     """The state's arrays by number: the order of a pytree's leaves is fixed by its structure."""
     return {f"{number:04d}": leaf for number, leaf in enumerate(jax.tree.leaves(state))}

@@ -34,6 +34,16 @@ def dropout(x: mx.array, rate: float, keys: mx.array | None, site: int) -> mx.ar
     return mx.where(kept, x * (1 / (1 - rate)), 0).astype(x.dtype)
 
 
+def gaussian(shape: tuple[int, ...], keys: mx.array, site: int) -> mx.array:
+    """Standard normal float32 of `shape` [N, ...], a row from its own key of `keys` [N, 2] (Box-Muller)."""
+    words = fold_in(keys, site).reshape(-1, 2, *[1] * (len(shape) - 1))
+    position = mx.arange(math.prod(shape[1:]), dtype=mx.uint32).reshape(shape[1:])
+    first = _mixed(_mixed(position + words[:, 0]) ^ words[:, 1])
+    second = _mixed(first ^ words[:, 0])
+    radius, turn = (((bits >> 8).astype(mx.float32) + 0.5) * 2.0**-24 for bits in (first, second))
+    return mx.sqrt(-2.0 * mx.log(radius)) * mx.cos(2.0 * math.pi * turn)
+
+
 def fold_in(keys: mx.array, number: int | mx.array) -> mx.array:
     """Each key [..., 2] with a number >= 0 (or one for each key, [...]) folded in: Threefry-2x32, 20 rounds.
 

@@ -61,6 +61,10 @@ class Embed(nn.Embedding):
         known = (ids < self.num_embeddings)[..., None]
         return mx.where(known, self.weight[ids], mx.nan).astype(self.dtype)
 
+    def attend(self, x: mx.array) -> mx.array:
+        """x [..., features] times every row of the table, [..., num_embeddings] in `dtype`."""
+        return x.astype(self.dtype) @ self.weight.astype(self.dtype).T
+
 
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over the last axis, computed in float32 and returned in `dtype`."""
@@ -69,6 +73,17 @@ class LayerNorm(nn.LayerNorm):
         self, features: int, *, epsilon: float, use_bias: bool = True, dtype: mx.Dtype = mx.float32
     ) -> None:
         super().__init__(features, eps=epsilon, bias=use_bias)
+        self.dtype = dtype
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return super().__call__(x.astype(mx.float32)).astype(self.dtype)
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean x^2 + epsilon) over the last axis times `weight`, computed in float32, in `dtype`."""
+
+    def __init__(self, features: int, *, epsilon: float, dtype: mx.Dtype = mx.float32) -> None:
+        super().__init__(features, eps=epsilon)
         self.dtype = dtype
 
     def __call__(self, x: mx.array) -> mx.array:

@@ -64,14 +64,18 @@ class Projector(nn.Module):
             raise ValueError(f"parameterisation is {parameterisation!r}; allowed: cartesian, polar, real")
 
     def __call__(self, hidden: mx.array) -> State:
+        return normalise(*self.amplitudes(hidden), self.blocks)
+
+    def amplitudes(self, hidden: mx.array) -> State:
+        """Z before it is normalised, (re, im) each [..., C]."""
         if self.parameterisation == "cartesian":
-            return normalise(self.proj_re(hidden), self.proj_im(hidden), self.blocks)
+            return self.proj_re(hidden), self.proj_im(hidden)
         if self.parameterisation == "real":
             first, second = mx.split(self.proj(hidden), 2, axis=-1)  # [..., C] each
-            return normalise(first, second, self.blocks)
+            return first, second
         magnitude = nn.softplus(self.magnitude(hidden))  # [..., C]
         phase = math.pi * mx.tanh(self.phase(hidden))  # [..., C]
-        return normalise(magnitude * mx.cos(phase), magnitude * mx.sin(phase), self.blocks)
+        return magnitude * mx.cos(phase), magnitude * mx.sin(phase)
 
 
 def normalise(re: mx.array, im: mx.array, blocks: int = 1) -> State:

@@ -6,7 +6,6 @@ Twin: jax_impl/training/loop.py.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from common.training import (
     DevSet,
     check_model,
     explained,
+    finite,
     interruptible,
     model_card,
     planned_steps,
@@ -179,7 +179,7 @@ class Trainer:
                     stop[0] = notes["stopped"] = True
                 stop[0] = self.world.any(stop[0])
                 if step % train.checkpoint_every == 0 or step == self.steps or stop[0]:
-                    self._log_finite(step, logged)
+                    finite(step, logged)
                     if leader:
                         states.save(self.state, notes | {"data": batches.get_state()})
                 if stop[0]:
@@ -209,7 +209,7 @@ class Trainer:
         )
 
     def _log(self, step: int, logged: dict[str, Any]) -> str:
-        values = self._log_finite(step, logged)
+        values = finite(step, logged)
         phase = self._phase(step)
         rate = float(learning_rate(self.config.train, self.steps)(step - 1))
         settings = {"temperature": phase.temperature, "ramp": phase.ramp, "learning_rate": rate}
@@ -217,16 +217,6 @@ class Trainer:
             settings["openness"] = self._openness(step)
         self.folder.log(step, "train", values | settings)
         return f"loss {values['loss']:.4f}"
-
-    def _log_finite(self, step: int, logged: dict[str, Any]) -> dict[str, float]:
-        values = {name: float(value) for name, value in logged.items()}
-        if not all(map(math.isfinite, values.values())):
-            broken = ", ".join(name for name, value in values.items() if not math.isfinite(value))
-            raise UserError(
-                f"step {step}: {broken} is not a finite number; what was learned since the last state "
-                "is lost. Lower --train.learning-rate or --train.max-grad-norm, then start --fresh."
-            )
-        return values
 
     def _evaluate(self, step: int, notes: dict[str, Any]) -> bool:
         """Score dev, keep the best checkpoint; true when training should stop early."""

@@ -15,13 +15,14 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from common.config import TrainConfig
+from common.config_language import LanguageTrainConfig
 
 UNDECAYED = {"bias", "u", "gamma", "b"}  # last names of parameters that weight decay leaves alone
 # what the portable score has beside the encoder, in any family
 PORTABLE = {"pooler", "pre_classifier", "head", "classifier"}
 
 
-def learning_rate(config: TrainConfig, steps: int) -> Callable[[Any], mx.array]:
+def learning_rate(config: TrainConfig | LanguageTrainConfig, steps: int) -> Callable[[Any], mx.array]:
     """Rate as a function of the step: linear warm-up to `learning_rate`, then the schedule down to 0."""
     warmup = min(round(config.warmup * steps), steps - 1)
     rest = steps - warmup
@@ -41,7 +42,7 @@ def learning_rate(config: TrainConfig, steps: int) -> Callable[[Any], mx.array]:
     return rate
 
 
-def make_optimizer(config: TrainConfig, steps: int) -> optim.Optimizer:
+def make_optimizer(config: TrainConfig | LanguageTrainConfig, steps: int) -> optim.Optimizer:
     """Clip by global norm, then AdamW (b1 0.9, b2 0.999, eps 1e-8), PORTABLE at a rate of its own."""
     schedule = learning_rate(config, steps)
 

@@ -19,7 +19,8 @@ from common.checkpoint import check_keys, read_json, read_tensors, to_json, writ
 from common.errors import UserError
 
 KEPT = 2
-_PARTS = ("model.safetensors", "optimizer.safetensors")  # in the order of TrainState.arrays
+# in the order of `arrays`, of which a reranker's TrainState has two
+_PARTS = ("model.safetensors", "optimizer.safetensors", "memory.safetensors", "average.safetensors")
 _NOTES_FILE = "notes.json"
 _PARTIAL = ".partial-"
 
@@ -56,7 +57,7 @@ class StateFolder:
         partial = self.directory / f"{_PARTIAL}{step}"
         try:
             partial.mkdir(parents=True)
-            for name, tree in zip(_PARTS, state.arrays(), strict=True):
+            for name, tree in zip(_PARTS, state.arrays(), strict=False):
                 write_file(partial / name, _tensor_bytes(tree))
             write_file(partial / _NOTES_FILE, to_json(notes))
             _sync(partial)
@@ -79,8 +80,10 @@ class StateFolder:
         folder = self.directory / str(step)
         try:
             notes = read_json(folder / _NOTES_FILE)
-            found = [read_tensors(folder / name) for name in _PARTS]
-            for tensors, tree, name in zip(found, like.arrays(), _PARTS, strict=True):
+            trees = like.arrays()
+            parts = _PARTS[: len(trees)]
+            found = [read_tensors(folder / name) for name in parts]
+            for tensors, tree, name in zip(found, trees, parts, strict=True):
                 expected = {key: tuple(value.shape) for key, value in _leaves(tree).items()}
                 shapes = {key: value.shape for key, value in tensors.items()}
                 check_keys(expected, shapes, where=folder / name)
@@ -89,7 +92,7 @@ class StateFolder:
                 f"{self.directory}: the state of step {step} cannot be read ({error}). Delete the folder "
                 f"{step} there to go on from the one before, or start over with --fresh."
             ) from error
-        for tensors, tree in zip(found, like.arrays(), strict=True):
+        for tensors, tree in zip(found, trees, strict=True):
             for key, value in tensors.items():
                 _put(tree, key.split("."), mx.array(value))
         return like, notes

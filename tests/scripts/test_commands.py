@@ -22,7 +22,8 @@ from common.runs import read_metrics
 from tests.tiny import FILLER, World, command, write_collection
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("prepare_data", "train", "evaluate", "analyze", "ablate", "rerank", "mine_negatives")
+RERANKING = ("prepare_data", "train", "evaluate", "analyze", "ablate", "rerank", "mine_negatives")
+COMMANDS = (*RERANKING, "evaluate_lm")
 
 
 def run(name: str, *argv: object) -> str:

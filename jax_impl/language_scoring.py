@@ -1,0 +1,78 @@
+"""What a language model says of segments: the NLL of their tokens, and the use of a memory.
+
+Twin: mlx_impl/language_scoring.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from common.data.language import LanguageBatch
+from common.language_evaluation import TokenScores
+from jax_impl.language import load_language_model
+from jax_impl.losses.language import token_nll
+from jax_impl.models.decoder import LanguageModel
+from jax_impl.scoring import default_dtype
+from jax_impl.training.language_step import emptied
+
+
+class ModelScorer:
+    """A model in evaluation, compiled once for each shape of a batch; `set_state` gives it other weights."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self._graphdef, self._state = nnx.split(model)
+        self._call = jax.jit(self._compute)
+
+    @property
+    def context(self) -> int:
+        """Tokens of a segment."""
+        return int(self._model.context or 256)
+
+    @property
+    def carries(self) -> bool:
+        """Whether there is a memory to carry."""
+        return self._model.empty_memory(1) is not None
+
+    def set_state(self, state: Any) -> None:
+        """Score with these parameters from now on."""
+        self._state = state
+
+    def score(self, batch: LanguageBatch, memory: Any) -> TokenScores:
+        """NLL [B, S] of a batch of one segment, after `memory` (None: empty) where the batch resets none."""
+        if memory is None:
+            memory = self._model.empty_memory(len(batch.reset))
+        before = None if memory is None else emptied(memory, batch.reset[:, 0])
+        parts = (batch.input_ids[:, 0], batch.labels[:, 0], batch.mask[:, 0], batch.segments[:, 0])
+        nll, after, read = self._call(self._state, before, *parts)
+        return TokenScores(np.asarray(nll), after, *_use(before, after, read))
+
+    def _compute(
+        self, state: Any, memory: Any, ids: Any, labels: Any, mask: Any, segments: Any
+    ) -> tuple[jax.Array, Any, Any]:
+        model = nnx.merge(self._graphdef, state)
+        out = model(ids, segments, memory=memory)
+        nll = jnp.where(mask, token_nll(out.logits, labels), 0.0)
+        return nll, out.memory, out.read
+
+
+def _use(
+    before: Any, after: Any, read: Any
+) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+    """Read weights [B, N + 1], importance [B, N], replaced slots [B]; None three times without a memory."""
+    if read is None:
+        return None, None, None
+    changed = np.any(np.asarray(before.slots) != np.asarray(after.slots), axis=-1)  # [B, N]
+    return np.asarray(read), np.asarray(after.importance), changed.sum(-1)
+
+
+def load_segment_scorer(directory: Path) -> ModelScorer:
+    """The model of a checkpoint directory, in the precision of this device. Raises UserError."""
+    model, _ = load_language_model(directory, dtype=default_dtype("auto"))
+    return ModelScorer(model)

@@ -1,0 +1,101 @@
+"""Indra: embeddings to phase and magnitude, decoder blocks, and a second state that the logits are made of.
+
+Source: DESIGN section 3, Indra. Twin: mlx_impl/models/indra.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from common.language import IndraConfig
+from jax_impl.models.bert import layer_keys, linear
+from jax_impl.models.decoder import (
+    Cache,
+    DecoderLayer,
+    LanguageModel,
+    LanguageOutput,
+    chosen,
+    dropped_embeddings,
+    empty_cache,
+    grown,
+    past_of,
+    rms_norm,
+    surroundings,
+)
+from jax_impl.models.dropout import dropout
+from jax_impl.models.projector import Projector
+
+
+class Indra(LanguageModel):
+    """A decoder between two projectors; calls as LanguageModel says, without a memory.
+
+    The output's `state` is (re, im) [N, S, C] of the second projector, not normalised: alignment reads
+    its magnitudes and phases. With `projector` none there is none, and the blocks stand alone.
+
+    Args:
+      config: the model's settings.
+      dtype: of the blocks' computation; projectors and parameters are float32.
+      rngs: for fresh parameters.
+    """
+
+    def __init__(self, config: IndraConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
+        self.config, self.context = config, config.context
+        blocks, width, states = config.blocks(), config.hidden_size, config.complex_width
+        self.embed_tokens = nnx.Embed(config.vocab_size, width, dtype=dtype, rngs=rngs)
+        if config.projector != "none":
+            kind = config.projector
+            self.projector = Projector(width, states, parameterisation=kind, rngs=rngs)
+            self.mix = linear(2 * states, width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List(
+            [DecoderLayer(blocks, dtype=dtype, rngs=rngs) for _ in range(blocks.num_hidden_layers)]
+        )
+        self.norm = rms_norm(width, blocks, dtype=dtype, rngs=rngs)
+        if config.projector != "none":
+            self.state_projector = Projector(width, states, parameterisation=kind, rngs=rngs)
+            self.recombine = linear(2 * states, width, use_bias=False, dtype=dtype, rngs=rngs)
+        if not config.tie_word_embeddings:
+            self.lm_head = linear(width, config.vocab_size, use_bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        segments: jax.Array | None = None,
+        *,
+        memory: Any = None,
+        cache: Cache | None = None,
+        keys: jax.Array | None = None,
+        explore: jax.Array | None = None,
+        at: jax.Array | None = None,
+        attention: bool = False,
+    ) -> LanguageOutput:
+        config, blocks = self.config, self.config.blocks()
+        around = surroundings(blocks, input_ids, segments, cache)
+        x = dropped_embeddings(blocks, self.embed_tokens(input_ids), keys)  # [N, S, D]
+        if config.projector != "none":
+            x = self.mix(jnp.concatenate(self.projector.amplitudes(x), axis=-1))  # [N, S, D]
+        presents, weights = [], []
+        for index, layer in enumerate(self.layers):
+            x, present, weight = layer(
+                x, around.bias, around.rotation, past_of(cache, index), layer_keys(keys, index), attention
+            )
+            presents.append(present)
+            weights.append(weight)
+        hidden, state = self.norm(x), None  # [N, S, D]
+        if config.projector != "none":
+            state = self.state_projector.amplitudes(hidden)  # [N, S, C] each
+            hidden = self.recombine(jnp.concatenate(state, axis=-1))  # [N, S, D]
+        hidden = dropout(hidden, config.hidden_dropout, keys, site=3)
+        return LanguageOutput(
+            logits=self.logits(chosen(hidden, at)),
+            hidden=hidden,
+            cache=grown(presents, around),
+            state=state,
+            attention=tuple(weight for weight in weights if weight is not None),
+        )
+
+    def empty_cache(self, rows: int, capacity: int) -> Cache:
+        return empty_cache(self.config.blocks(), rows, capacity, self.embed_tokens.dtype)

@@ -1,0 +1,77 @@
+"""What a language model says of segments: the NLL of their tokens, and the use of a memory.
+
+Twin: jax_impl/language_scoring.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_map
+
+from common.data.language import LanguageBatch
+from common.language_evaluation import TokenScores
+from mlx_impl.language import load_language_model
+from mlx_impl.losses.language import token_nll
+from mlx_impl.models.decoder import LanguageModel
+from mlx_impl.scoring import default_dtype
+from mlx_impl.training.language_step import emptied
+
+
+class ModelScorer:
+    """A model in evaluation; `set_state` gives it other weights, for scoring alone."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self._state: Any = None
+
+    @property
+    def context(self) -> int:
+        """Tokens of a segment."""
+        return int(self._model.context or 256)
+
+    @property
+    def carries(self) -> bool:
+        """Whether there is a memory to carry."""
+        return self._model.empty_memory(1) is not None
+
+    def set_state(self, state: Any) -> None:
+        """Score with these parameters from now on."""
+        self._state = state
+
+    def score(self, batch: LanguageBatch, memory: Any) -> TokenScores:
+        """NLL [B, S] of a batch of one segment, after `memory` (None: empty) where the batch resets none."""
+        if memory is None:
+            memory = self._model.empty_memory(len(batch.reset))
+        before = emptied(memory, batch.reset[:, 0])
+        names = ("input_ids", "labels", "mask", "segments")
+        ids, labels, mask, segments = (mx.array(getattr(batch, name)[:, 0]) for name in names)
+        learned = tree_map(mx.array, self._model.trainable_parameters())
+        if self._state is not None:
+            self._model.update(self._state)
+        try:
+            out = self._model(ids, segments, memory=before)
+            nll = mx.where(mask, token_nll(out.logits, labels), 0.0)
+            mx.eval(nll, [] if out.memory is None else list(out.memory), [] if out.read is None else out.read)
+        finally:
+            self._model.update(learned)
+        return TokenScores(np.asarray(nll), out.memory, *_use(before, out.memory, out.read))
+
+
+def load_segment_scorer(directory: Path) -> ModelScorer:
+    """The model of a checkpoint directory, in the precision of this device. Raises UserError."""
+    model, _ = load_language_model(directory, dtype=default_dtype("auto"))
+    return ModelScorer(model)
+
+
+def _use(
+    before: Any, after: Any, read: Any
+) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+    """Read weights [B, N + 1], importance [B, N], replaced slots [B]; None three times without a memory."""
+    if read is None:
+        return None, None, None
+    changed = np.any(np.asarray(before.slots) != np.asarray(after.slots), axis=-1)  # [B, N]
+    return np.asarray(read), np.asarray(after.importance), changed.sum(-1)
