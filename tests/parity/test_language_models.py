@@ -71,7 +71,7 @@ def three_segments(seed: int) -> list[np.ndarray]:
 
 
 @every_model
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_model_agrees_with_its_twin_over_three_segments(
     twins: Twins, name: str, training: bool, seed: int
 ) -> None:
@@ -230,7 +230,7 @@ def test_decoding_step_by_step_equals_a_segment_at_once(backend: Backend, name: 
         check(f"{name}, memory", f"{backend.name} with a segment at once", other, one, MODEL_TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["Indra, polar", "Infinito", "control LSTM"])
+@pytest.mark.parametrize("name", ["Indra, polar", "Infinito"])
 def test_what_one_backend_writes_both_read_back(twins: Twins, name: str, seed: int, tmp_path: Path) -> None:
     segments = three_segments(seed)[:2]
     models = [build(backend, MODELS[name], seed) for backend in twins]
