@@ -39,7 +39,8 @@ class ModelEngine:
 
     def start(self, rows: int, capacity: int) -> Reading:
         """Rows that have read nothing, with room for `capacity` tokens of a text or segment."""
-        return Reading(self.model.empty_memory(rows), self.model.empty_cache(rows, capacity))
+        memory = self.model.empty_memory(rows)
+        return Reading(memory, self.model.recall(memory, self.model.empty_cache(rows, capacity)))
 
     def read(
         self,
@@ -66,13 +67,15 @@ class ModelEngine:
         return Reading(out.memory, out.cache), out.logits[:, 0]
 
     def _remember(self, weights: Any, state: Reading, rows: Any) -> Reading:
-        new = nnx.merge(self._graphdef, weights).remember(state.memory, state.cache)
+        model = nnx.merge(self._graphdef, weights)
+        new = model.remember(state.memory, state.cache)
 
         def of_rows(a: jax.Array, b: jax.Array) -> jax.Array:
             return jnp.where(rows.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
         memory = jax.tree.map(of_rows, new, state.memory)
-        return Reading(memory, state.cache._replace(length=jnp.where(rows, 0, state.cache.length)))
+        cache = state.cache._replace(length=jnp.where(rows, 0, state.cache.length))
+        return Reading(memory, model.recall(memory, cache))
 
 
 def load_engine(directory: Path, *, dtype: jnp.dtype = jnp.float32) -> ModelEngine:

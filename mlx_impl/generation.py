@@ -36,7 +36,8 @@ class ModelEngine:
 
     def start(self, rows: int, capacity: int) -> Reading:
         """Rows that have read nothing, with room for `capacity` tokens of a text or segment."""
-        return Reading(self.model.empty_memory(rows), self.model.empty_cache(rows, capacity))
+        memory = self.model.empty_memory(rows)
+        return Reading(memory, self.model.recall(memory, self.model.empty_cache(rows, capacity)))
 
     def read(
         self,
@@ -68,7 +69,8 @@ class ModelEngine:
             return mx.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
         memory = None if new is None else tree_map(of_rows, new, state.memory)
-        return Reading(memory, state.cache._replace(length=mx.where(which, 0, state.cache.length)))
+        cache = state.cache._replace(length=mx.where(which, 0, state.cache.length))
+        return Reading(memory, self.model.recall(memory, cache))
 
 
 def load_engine(directory: Path, *, dtype: mx.Dtype = mx.float32) -> ModelEngine:

@@ -31,6 +31,7 @@ class Cache(NamedTuple):
     values: tuple[jax.Array, ...]  # of each layer [N, G, T, K]
     length: jax.Array  # [N] int32, tokens read so far
     states: jax.Array | None = None  # Infinito: [N, T, D], what may be written to the memory
+    recalled: tuple[jax.Array, jax.Array] | None = None  # Infinito: what `recall` has put here
 
 
 class LanguageOutput(NamedTuple):
@@ -79,6 +80,10 @@ class LanguageModel(nnx.Module):
     def empty_cache(self, rows: int, capacity: int) -> Any:
         """A cache for up to `capacity` tokens a row."""
         raise NotImplementedError
+
+    def recall(self, memory: Any, cache: Any) -> Any:
+        """The cache with what this memory means to the coming calls, which then need not compute it anew."""
+        return cache
 
     def remember(self, memory: Any, cache: Any) -> Any:
         """The memory after the segment that a cache holds."""

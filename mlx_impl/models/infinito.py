@@ -74,11 +74,12 @@ class Infinito(LanguageModel):
         x = dropped_embeddings(blocks, self.embed_tokens(input_ids), keys)  # [N, S, D]
         presents, weights = [], []
         states = read = None
+        recalled = None if cache is None else cache.recalled
         for index, layer in enumerate(self.layers):
             if memory is not None and index == config.reads_at:
                 noisy = keys if explore is None else explore
                 among = layer_keys(keys, config.num_hidden_layers)
-                added, states, read = self.memory(x, memory, around.real, among, noisy)
+                added, states, read = self.memory(x, memory, recalled, around.real, among, noisy)
                 x = x + added
             x, present, weight = layer(
                 x, around.bias, around.rotation, past_of(cache, index), layer_keys(keys, index), attention
@@ -108,6 +109,9 @@ class Infinito(LanguageModel):
         states = mx.zeros(shape, self.embed_tokens.dtype) if self.config.remembers else None
         return plain._replace(states=states)
 
+    def recall(self, memory: Memory | None, cache: Cache) -> Cache:
+        return cache if memory is None else cache._replace(recalled=self.memory.recall(memory))
+
     def remember(self, memory: Memory | None, cache: Cache) -> Memory | None:
         if memory is None or cache.states is None:
             return memory
@@ -119,4 +123,4 @@ class Infinito(LanguageModel):
         if after is None or before.states is None or states is None:
             return after
         states = insert(before.states[:, None], states[:, None], before.length)[:, 0]  # [N, T, D]
-        return after._replace(states=states)
+        return after._replace(states=states, recalled=before.recalled)

@@ -57,27 +57,24 @@ class SlotMemory(nn.Module):
         self,
         x: mx.array,
         memory: Memory,
+        recalled: tuple[mx.array, mx.array] | None,
         real: mx.array,
         keys: mx.array | None,
         explore: mx.array | None,
     ) -> tuple[mx.array, mx.array, mx.array]:
         """What is added to x [N, S, D]; the states to write [N, S, D]; mean read weights [N, M + 1].
 
-        The null slot stands last; `real` [N, S] are the positions that the mean counts. `explore` [N, 2] keys
-        turn on noise of the memory queries, `keys` dropout.
+        `recalled` is what `recall` says of the memory, where a caller has it; the mean counts the positions
+        that are `real` [N, S], and the null slot stands last in it. `explore` [N, 2] keys turn on noise of
+        the memory queries, `keys` dropout.
         """
         states = self.norm(x)  # [N, S, D]
         query = self.q_proj(states)
         if explore is not None and self.config.exploration > 0:
             noise = self.config.exploration * gaussian(query.shape, explore, site=6)
             query = query + noise.astype(query.dtype)
-        rows, width = x.shape[0], x.shape[2]
-        null = mx.broadcast_to(self.null, (rows, 1, width))
-        slots = mx.concatenate([memory.slots, null], axis=1).astype(x.dtype)  # [N, M + 1, D]
-        heads = self.config.num_attention_heads
-        query, key, value = (
-            split_heads(part, heads) for part in (query, self.k_proj(slots), self.v_proj(slots))
-        )
+        query = split_heads(query, self.config.num_attention_heads)  # [N, H, S, K]
+        key, value = self.recall(memory) if recalled is None else recalled
         logits = (query * query.shape[-1] ** -0.5 @ key.swapaxes(2, 3)).astype(mx.float32)
         weights = mx.softmax(logits + self.bias(memory)[:, None, None, :], axis=-1)  # [N, H, S, M + 1]
         counted = real.astype(mx.float32)
@@ -86,6 +83,14 @@ class SlotMemory(nn.Module):
         kept = dropout(weights.astype(value.dtype), self.config.attention_dropout, keys, site=0)
         added = self.gate.astype(x.dtype) * self.o_proj(merge_heads(kept @ value))  # [N, S, D]
         return dropout(added, self.config.hidden_dropout, keys, site=1), states, read
+
+    def recall(self, memory: Memory) -> tuple[mx.array, mx.array]:
+        """Keys and values of all slots, [N, H, M + 1, K]: the same for every token of a segment."""
+        rows, _, width = memory.slots.shape
+        null = mx.broadcast_to(self.null, (rows, 1, width))
+        slots = mx.concatenate([memory.slots, null], axis=1)  # [N, M + 1, D]
+        heads = self.config.num_attention_heads
+        return split_heads(self.k_proj(slots), heads), split_heads(self.v_proj(slots), heads)
 
     def bias(self, memory: Memory) -> mx.array:
         """Log importance [N, M + 1], 0 of the null slot."""

@@ -14,6 +14,8 @@ from common.reference.cases import parity_error
 
 LOSS_TOLERANCE = 1e-5  # losses and projector
 MODEL_TOLERANCE = 1e-4  # whole models and their gradients
+# Compiling takes nearly all the time of a test.
+QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 Function = Callable[..., Any]
 Arrays = list[np.ndarray]
@@ -120,7 +122,7 @@ class Jax:
         """`function` of arrays as one of NumPy arrays; its results flattened."""
         import jax
 
-        compiled = jax.jit(function)
+        compiled = jax.jit(function, compiler_options=QUICK)
         return lambda *inputs: [
             np.asarray(x, np.float64) for x in jax.tree.leaves(compiled(*map(self.array, inputs)))
         ]
@@ -161,9 +163,7 @@ class Jax:
             outputs = function(nnx.merge(graphdef, state), *arrays)
             return mixed(self, outputs, seed), outputs
 
-        # Compiling takes nearly all the time of a test.
-        quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-        compiled = jax.jit(jax.grad(total, has_aux=True), compiler_options=quick)
+        compiled = jax.jit(jax.grad(total, has_aux=True), compiler_options=QUICK)
         gradient, outputs = compiled(state, *map(self.array, inputs))
         return [np.asarray(x, np.float64) for x in outputs], self._keyed(gradient)
 

@@ -34,8 +34,7 @@ def random_prompts(rng: np.random.Generator, vocabulary: int, *lengths: int) -> 
     return [rng.integers(0, vocabulary, length).tolist() for length in lengths]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize(("family", "penalty"), [("llama", 1.0), ("qwen3", 1.3)])
 def test_greedy_tokens_are_those_of_transformers(
     twins: Twins, family: str, penalty: float, seed: int, tmp_path: Path
 ) -> None:
