@@ -135,8 +135,10 @@ def _work(train: Callable[[str], None]) -> None:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    **{"rerank": rerank, "language": language},
-    **{"sft": sft, "grpo": grpo},
+    "rerank": rerank,
+    "language": language,
+    "sft": sft,
+    "grpo": grpo,
 }
 
 if __name__ == "__main__":
