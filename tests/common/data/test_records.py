@@ -206,7 +206,11 @@ def test_broken_json_array_has_its_line(tmp_path: Path) -> None:
     [
         ("empty.jsonl", b"\n", "no usable row"),
         ("latin.jsonl", b'{"query": "caf\xe9"}', "not UTF-8 at byte 14"),
-        ("cut.jsonl.gz", gzip.compress(b'{"query": "q", "positive": "p"}\n' * 50)[:-20], "cannot be read"),
+        (
+            "cut.jsonl.gz",
+            gzip.compress(b'{"query": "q", "positive": "p"}\n' * 50, mtime=0)[:-20],
+            "cannot be read",
+        ),
     ],
 )
 def test_unreadable_file_is_named(tmp_path: Path, name: str, content: bytes, what: str) -> None:
