@@ -25,16 +25,15 @@ _NOTES_FILE = "notes.json"
 _PARTIAL = ".partial-"
 
 
-class _State(Protocol):
-    """What is saved: TrainState of a reranker, AdapterState of a language model."""
+class Stepped(Protocol):
+    """Trees of arrays that know how many steps they have taken: mlx_impl.training.step.TrainState."""
 
     @property
     def step(self) -> Any: ...
-
     def arrays(self) -> list[Any]: ...
 
 
-_Kind = TypeVar("_Kind", bound=_State)
+State = TypeVar("State", bound=Stepped)
 
 
 class StateFolder:
@@ -49,7 +48,7 @@ class StateFolder:
         """The last whole step, None in a new run."""
         return max(self._steps(), default=None)
 
-    def save(self, state: _State, notes: dict[str, Any]) -> None:
+    def save(self, state: Stepped, notes: dict[str, Any]) -> None:
         """Write the state of its step; a broken write leaves the earlier ones whole (UserError)."""
         step = int(state.step)
         if step == self.latest():
@@ -73,7 +72,7 @@ class StateFolder:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def load(self, like: _Kind) -> tuple[_Kind, dict[str, Any]]:
+    def load(self, like: State) -> tuple[State, dict[str, Any]]:
         """The latest state, put into `like`, and its notes. UserError when it does not fit `like`."""
         step = self.latest()
         assert step is not None

@@ -331,7 +331,7 @@ def test_retraining_analyses_the_original_first_and_once(project: Project, tmp_p
     )
     folder = retrained.runs / "again"
     assert said.index("tiny/best on data dev: relevant and other pairs") < said.index("dev at step 0")
-    assert "48 unlabelled lists by rrf" in said and "reranked by tiny/best" in said
+    assert "48 unlabelled lists by rrf" in said and "rrf → tiny/best, alone" in said
     stored = json.loads((folder / "analysis-original.json").read_text())
     assert (stored["model"], stored["split"]) == ("tiny/best", "dev")
     assert "Analysis of tiny/best on data dev" in (folder / "report.html").read_text()

@@ -128,8 +128,8 @@ def test_a_step_that_cannot_be_shared_is_refused(world: World, tmp_path: Path) -
 def test_unknown_commands_and_backends_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     from common.errors import UserError
 
-    with pytest.raises(UserError, match=r"no command 'sft'; there is rerank"):
-        mac.main(["sft"])
+    with pytest.raises(UserError, match=r"no command 'sing'; there is rerank"):
+        mac.main(["sing"])
     with pytest.raises(UserError, match=r"did you mean 'rerank'\?"):
         mac.main(["rernak"])
     with pytest.raises(UserError, match=r"leave out --backend, or use scripts/train\.py"):
