@@ -289,11 +289,12 @@ def _clear_remains(directory: Path) -> None:
             previous.rename(directory)
     for partial in directory.parent.glob(f".{directory.name}.tmp-*"):
         writer = partial.name.rpartition("-")[2]
-        if writer == str(os.getpid()) or not _alive(writer):
+        if writer == str(os.getpid()) or not alive(writer):
             shutil.rmtree(partial)
 
 
-def _alive(process: str) -> bool:
+def alive(process: str) -> bool:
+    """Whether a process of this number runs here."""
     try:
         os.kill(int(process), 0)
     except (ValueError, ProcessLookupError):

@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.backends import Encoder
+from common.checkpoint import alive
 from common.errors import UserError
 from common.retrieval.dense import embed
 from common.retrieval.documents import Chunking, Document, chunks
@@ -338,10 +339,13 @@ class PassageIndex:
         if self._encoder is not None:
             keep.add(self._build_near(view))
         for item in self.directory.iterdir():
-            if item.name.startswith(("vectors-", "near-", "bm25-", ".")) and item.name not in keep | {
-                ".lock"
-            }:
-                shutil.rmtree(item) if item.is_dir() else item.unlink(missing_ok=True)
+            ours = item.name.startswith(("vectors-", "near-", "bm25-", ".")) and item.name != ".lock"
+            if not ours or item.name in keep or _in_the_making(item):
+                continue
+            if item.is_dir():
+                shutil.rmtree(item, ignore_errors=True)  # another may remove it too
+            else:
+                item.unlink(missing_ok=True)
 
     def _compact(self, view: _View) -> None:
         """The living rows in a new generation of the file, numbered anew in the same order."""
@@ -659,3 +663,9 @@ def _about(sql: sqlite3.Connection) -> dict[str, str]:
 
 def _bump(sql: sqlite3.Connection) -> None:
     sql.execute("update about set value = cast(value as integer) + 1 where key = 'version'")
+
+
+def _in_the_making(item: Path) -> bool:
+    """Whether a thread that searches, here or in another living process, is writing this BM25 folder."""
+    name = item.name.split("-")  # .bm25-VERSION-PROCESS-THREAD
+    return name[0] == ".bm25" and len(name) == 4 and alive(name[2])
