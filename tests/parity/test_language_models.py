@@ -70,20 +70,38 @@ def three_segments(seed: int) -> list[np.ndarray]:
     return [part for _ in range(3) for part in random_tokens(rng, SIZES["vocab_size"], tokens=11)]
 
 
+def on_the_edge(backend: Backend, model: Any, run: Any, *inputs: np.ndarray) -> bool:
+    """Whether rounding may decide which positions a memory keeps: parameters that differ by 1e-4 decide
+    otherwise. Such inputs are drawn anew (DESIGN section 5)."""
+    weights, rng = backend.parameters(model), np.random.default_rng(0)
+    before = backend.values(lambda *x: run(model, *x))(*inputs)
+    jumps = []
+    for _ in range(3):
+        near = {key: x * (1 + 1e-4 * rng.normal(size=x.shape)) for key, x in weights.items()}
+        backend.set_parameters(model, near)
+        after = backend.values(lambda *x: run(model, *x))(*inputs)
+        jumps += [np.abs(a - b).max() for a, b in zip(before, after, strict=True)]
+    backend.set_parameters(model, weights)
+    return max(jumps) > 0.05
+
+
 @every_model
 @pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_model_agrees_with_its_twin_over_three_segments(
     twins: Twins, name: str, training: bool, seed: int
 ) -> None:
     config = dataclasses.replace(MODELS[name], **RATES) if training else MODELS[name]
-    models = [build(backend, config, seed) for backend in twins]
-    randomise(twins, models, seed)
-    keys = dropout_keys(twins, seed, 3)
 
     def of(backend: Backend) -> Any:
         return lambda *x: outputs(*x, keys=keys[backend.name] if training else None)
 
-    segments = three_segments(seed)
+    for drawn in range(seed, seed + 20):
+        models = [build(backend, config, drawn) for backend in twins]
+        randomise(twins, models, drawn)
+        keys, segments = dropout_keys(twins, drawn, 3), three_segments(drawn)
+        if not on_the_edge(twins[0], models[0], of(twins[0]), *segments):
+            break
+        print(f"drawn anew: {drawn}")
     results = [b.results(m, of(b), seed, *segments) for b, m in zip(twins, models, strict=True)]
     compare(name, "jax with mlx", *results)
     assert sum(x.size for x in results[0][1].values()) == parameter_count(config)
