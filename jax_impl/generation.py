@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from jax_impl.language import load_language_model
@@ -78,6 +79,6 @@ class ModelEngine:
         return Reading(memory, model.recall(memory, cache))
 
 
-def load_engine(directory: Path, *, dtype: jnp.dtype = jnp.float32) -> ModelEngine:
+def load_engine(directory: Path, *, dtype: DTypeLike = jnp.float32) -> ModelEngine:
     """The language model of a directory, ready to generate. Raises UserError as load_language_model."""
     return ModelEngine(load_language_model(directory, dtype=dtype)[0])

@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from common.checkpoint import CONFIG_FILE, read_config, read_tensors, surviving, write_checkpoint
 from common.language import (
@@ -32,7 +33,7 @@ from jax_impl.models.lstm import LSTM
 
 
 def build_language_model(
-    config: LanguageModelConfig, *, dtype: jnp.dtype = jnp.float32, seed: int = 0
+    config: LanguageModelConfig, *, dtype: DTypeLike = jnp.float32, seed: int = 0
 ) -> LanguageModel:
     """A fresh model; `dtype` is of the computation, parameters stay float32."""
     rngs = nnx.Rngs(seed)
@@ -45,7 +46,7 @@ def build_language_model(
 
 
 def load_language_model(
-    directory: Path, *, dtype: jnp.dtype = jnp.float32, **rates: Any
+    directory: Path, *, dtype: DTypeLike = jnp.float32, **rates: Any
 ) -> tuple[LanguageModel, LanguageModelConfig]:
     """The model of a directory and its settings, changed by `rates` of dropout (`hidden_dropout`, ...).
 

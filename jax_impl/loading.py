@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from common import keymap
 from common.checkpoint import (
@@ -77,7 +78,7 @@ def load_cross_encoder(
     directory: Path,
     model: ModelConfig,
     *,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     seed: int = 0,
     dropout: tuple[float, float] = (0.0, 0.0),
 ) -> LoadedReranker:
@@ -109,7 +110,7 @@ def load_cross_encoder(
     return LoadedReranker(reranker, config, settings, start)
 
 
-def load_bi_encoder(directory: Path, *, dtype: jnp.dtype = jnp.float32) -> BiEncoder:
+def load_bi_encoder(directory: Path, *, dtype: DTypeLike = jnp.float32) -> BiEncoder:
     """The sentence encoder of a directory: mean pooling and unit length.
 
     UserError as above, and for a directory whose own pooling is another.
@@ -180,7 +181,7 @@ def _build(
     config: Mapping[str, Any],
     sizes: Any,
     settings: Mapping[str, Any],
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     rngs: nnx.Rngs,
 ) -> CrossEncoder:
     build: Any = MODELS[config["model_type"]][2]

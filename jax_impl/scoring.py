@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from common.backends import Scores, checkpoint_identity, checkpoint_name
 from common.checkpoint import surviving
@@ -28,7 +29,7 @@ TOKENS_PER_BATCH = {"cpu": 2048, "gpu": 131072}  # tokens, padding included
 LENGTHS = DataConfig.length_buckets  # padded to; each is compiled once
 
 
-def default_dtype(precision: str = "auto") -> jnp.dtype:
+def default_dtype(precision: str = "auto") -> DTypeLike:
     """bfloat16 on GPU and float32 elsewhere, unless named: XLA's CPU runs bfloat16 slower than float32."""
     if precision == "auto":
         return jnp.dtype(jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32)

@@ -213,8 +213,8 @@ def _taught_pairs(labels: Array, mask: Mask, teacher: Array) -> Iterator[tuple[i
 
 
 def _position_weights(size: int) -> Array:
-    weights = 2.0 ** (size - 1 - np.arange(size)) - 1.0
-    return weights / max(1.0, weights.sum())
+    weights = np.asarray(2.0 ** (size - 1 - np.arange(size)) - 1.0, np.float64)
+    return np.asarray(weights / max(1.0, float(weights.sum())), np.float64)
 
 
 def _ordered_pairs(labels: Array, mask: Mask) -> Iterator[tuple[int, int, int]]:

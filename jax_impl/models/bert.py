@@ -15,6 +15,7 @@ from typing import Any, Self, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from common.errors import UserError
 from jax_impl.models.cross_encoder import CrossEncoder
@@ -67,7 +68,7 @@ product.defvjp(_product_forward, _product_backward)
 
 
 def linear(
-    inputs: int, outputs: int, *, use_bias: bool = True, dtype: jnp.dtype, rngs: nnx.Rngs
+    inputs: int, outputs: int, *, use_bias: bool = True, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> nnx.Linear:
     """A linear layer over `product`."""
     return nnx.Linear(inputs, outputs, use_bias=use_bias, dot_general=_dot_general, dtype=dtype, rngs=rngs)
@@ -188,7 +189,7 @@ def require(config: Mapping[str, Any], key: str, *allowed: object) -> None:
 
 
 class BertEmbeddings(nnx.Module):
-    def __init__(self, config: BertConfig, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: BertConfig, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config = config
         self.word_embeddings = nnx.Embed(config.vocab_size, width, dtype=dtype, rngs=rngs)
         self.position_embeddings = nnx.Embed(config.max_position_embeddings, width, dtype=dtype, rngs=rngs)
@@ -206,7 +207,7 @@ class BertEmbeddings(nnx.Module):
 
 
 class BertSelfAttention(nnx.Module):
-    def __init__(self, config: BertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: BertConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         width = config.hidden_size
         self.heads = config.num_attention_heads
         self.query = linear(width, width, dtype=dtype, rngs=rngs)
@@ -221,7 +222,7 @@ class BertSelfAttention(nnx.Module):
 
 
 class BertSelfOutput(nnx.Module):
-    def __init__(self, width_in: int, config: BertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, width_in: int, config: BertConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.dense = linear(width_in, config.hidden_size, dtype=dtype, rngs=rngs)
         self.LayerNorm = nnx.LayerNorm(
             config.hidden_size, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs
@@ -234,18 +235,18 @@ class BertSelfOutput(nnx.Module):
 
 
 class BertAttention(nnx.Module):
-    def __init__(self, config: BertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: BertConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.self = BertSelfAttention(config, dtype=dtype, rngs=rngs)
         self.output = BertSelfOutput(config.hidden_size, config, dtype=dtype, rngs=rngs)
 
 
 class BertIntermediate(nnx.Module):
-    def __init__(self, config: BertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: BertConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.dense = linear(config.hidden_size, config.intermediate_size, dtype=dtype, rngs=rngs)
 
 
 class BertLayer(nnx.Module):
-    def __init__(self, config: BertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: BertConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config = config
         self.attention = BertAttention(config, dtype=dtype, rngs=rngs)
         self.intermediate = BertIntermediate(config, dtype=dtype, rngs=rngs)
@@ -263,14 +264,14 @@ class BertLayer(nnx.Module):
 
 
 class BertEncoder(nnx.Module):
-    def __init__(self, config: BertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: BertConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.layer = nnx.List(
             [BertLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)]
         )
 
 
 class BertPooler(nnx.Module):
-    def __init__(self, config: BertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: BertConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.dense = linear(config.hidden_size, config.hidden_size, dtype=dtype, rngs=rngs)
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
@@ -286,7 +287,7 @@ class BertModel(nnx.Module):
       rngs: for fresh parameters.
     """
 
-    def __init__(self, config: BertConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: BertConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
         self.embeddings = BertEmbeddings(config, config.hidden_size, dtype=dtype, rngs=rngs)
         self.encoder = BertEncoder(config, dtype=dtype, rngs=rngs)
@@ -336,7 +337,7 @@ class BertCrossEncoder(CrossEncoder):
     """
 
     def __init__(
-        self, config: BertConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs, **head: Any
+        self, config: BertConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs, **head: Any
     ) -> None:
         self.bert = BertModel(config, dtype=dtype, rngs=rngs)
         self.classifier = nnx.Linear(config.hidden_size, 1, rngs=rngs)

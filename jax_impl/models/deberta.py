@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jax_impl.models.bert import (
     ACTIVATIONS,
@@ -111,7 +112,7 @@ def by_pairs(x: jax.Array) -> jax.Array:
 
 
 class DebertaV2Embeddings(nnx.Module):
-    def __init__(self, config: DebertaV2Config, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DebertaV2Config, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         width = config.hidden_size
         self.segments = config.type_vocab_size
         self.word_embeddings = nnx.Embed(config.vocab_size, width, dtype=dtype, rngs=rngs)
@@ -125,7 +126,7 @@ class DebertaV2Embeddings(nnx.Module):
 
 
 class DisentangledSelfAttention(nnx.Module):
-    def __init__(self, config: DebertaV2Config, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DebertaV2Config, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config = config
         width = config.hidden_size
         self.query_proj = linear(width, width, dtype=dtype, rngs=rngs)
@@ -165,13 +166,13 @@ def _read(content: jax.Array, positions: jax.Array) -> jax.Array:
 
 
 class DebertaV2Attention(nnx.Module):
-    def __init__(self, config: DebertaV2Config, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DebertaV2Config, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.self = DisentangledSelfAttention(config, dtype=dtype, rngs=rngs)
         self.output = BertSelfOutput(config.hidden_size, config, dtype=dtype, rngs=rngs)
 
 
 class DebertaV2Layer(nnx.Module):
-    def __init__(self, config: DebertaV2Config, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DebertaV2Config, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config = config
         self.attention = DebertaV2Attention(config, dtype=dtype, rngs=rngs)
         self.intermediate = BertIntermediate(config, dtype=dtype, rngs=rngs)
@@ -188,7 +189,7 @@ class DebertaV2Layer(nnx.Module):
 
 
 class DebertaV2Encoder(nnx.Module):
-    def __init__(self, config: DebertaV2Config, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DebertaV2Config, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config = config
         width = config.hidden_size
         self.layer = nnx.List(
@@ -208,7 +209,7 @@ class DebertaV2Encoder(nnx.Module):
 class DebertaV2Model(nnx.Module):
     """The encoder; arguments as BertModel."""
 
-    def __init__(self, config: DebertaV2Config, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DebertaV2Config, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
         self.embeddings = DebertaV2Embeddings(config, dtype=dtype, rngs=rngs)
         self.encoder = DebertaV2Encoder(config, dtype=dtype, rngs=rngs)
@@ -239,7 +240,7 @@ class DebertaV2CrossEncoder(CrossEncoder):
     """
 
     def __init__(
-        self, config: DebertaV2Config, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs, **head: Any
+        self, config: DebertaV2Config, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs, **head: Any
     ) -> None:
         self.activation = ACTIVATIONS[config.pooler_hidden_act]
         self.deberta = DebertaV2Model(config, dtype=dtype, rngs=rngs)

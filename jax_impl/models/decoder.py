@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from common.errors import UserError
 from common.language import DecoderConfig
@@ -93,7 +94,7 @@ class LanguageModel(nnx.Module):
 class RotaryAttention(nnx.Module):
     """transformers' `LlamaAttention`, with `q_norm` and `k_norm` as `Qwen3Attention`."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config = config
         width, bias = config.hidden_size, config.attention_bias
         queries = config.num_attention_heads * config.head_width
@@ -144,7 +145,7 @@ class RotaryAttention(nnx.Module):
 class GatedMLP(nnx.Module):
     """SwiGLU."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         width, inner = config.hidden_size, config.intermediate_size
         self.gate_proj = linear(width, inner, use_bias=False, dtype=dtype, rngs=rngs)
         self.up_proj = linear(width, inner, use_bias=False, dtype=dtype, rngs=rngs)
@@ -155,7 +156,7 @@ class GatedMLP(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.rate = config.hidden_dropout
         self.self_attn = RotaryAttention(config, dtype=dtype, rngs=rngs)
         self.mlp = GatedMLP(config, dtype=dtype, rngs=rngs)
@@ -229,7 +230,7 @@ def past_of(cache: Cache | None, layer: int) -> tuple[jax.Array, jax.Array, jax.
 class DecoderModel(nnx.Module):
     """transformers' `LlamaModel`."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(
             [DecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)]
@@ -246,7 +247,7 @@ class Decoder(LanguageModel):
       rngs: for fresh parameters.
     """
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config, self.context = config, config.context
         self.model = DecoderModel(config, dtype=dtype, rngs=rngs)
         if not config.tie_word_embeddings:
@@ -333,7 +334,7 @@ def dropped_embeddings(config: DecoderConfig, x: jax.Array, keys: jax.Array | No
     return dropout(x * kept, config.embedding_dropout, keys, site=5)
 
 
-def rms_norm(width: int, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
+def rms_norm(width: int, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.RMSNorm:
     return nnx.RMSNorm(width, epsilon=config.rms_norm_eps, dtype=dtype, rngs=rngs)
 
 

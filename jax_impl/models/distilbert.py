@@ -12,6 +12,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jax_impl.models.bert import (
     ACTIVATIONS,
@@ -54,7 +55,7 @@ class DistilBertConfig(BertConfig):
 
 
 class DistilBertEmbeddings(nnx.Module):
-    def __init__(self, config: DistilBertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DistilBertConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config = config
         width = config.hidden_size
         self.word_embeddings = nnx.Embed(config.vocab_size, width, dtype=dtype, rngs=rngs)
@@ -68,7 +69,7 @@ class DistilBertEmbeddings(nnx.Module):
 
 
 class DistilBertSelfAttention(nnx.Module):
-    def __init__(self, config: DistilBertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DistilBertConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         width = config.hidden_size
         self.heads, self.rate = config.num_attention_heads, config.attention_probs_dropout_prob
         self.q_lin = linear(width, width, dtype=dtype, rngs=rngs)
@@ -84,7 +85,7 @@ class DistilBertSelfAttention(nnx.Module):
 
 
 class DistilBertFFN(nnx.Module):
-    def __init__(self, config: DistilBertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DistilBertConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.activation = ACTIVATIONS[config.hidden_act]
         self.lin1 = linear(config.hidden_size, config.intermediate_size, dtype=dtype, rngs=rngs)
         self.lin2 = linear(config.intermediate_size, config.hidden_size, dtype=dtype, rngs=rngs)
@@ -94,7 +95,7 @@ class DistilBertFFN(nnx.Module):
 
 
 class DistilBertLayer(nnx.Module):
-    def __init__(self, config: DistilBertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DistilBertConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         width, self.rate = config.hidden_size, config.hidden_dropout_prob
         self.attention = DistilBertSelfAttention(config, dtype=dtype, rngs=rngs)
         self.sa_layer_norm = nnx.LayerNorm(width, epsilon=LAYER_NORM_EPS, dtype=dtype, rngs=rngs)
@@ -108,7 +109,7 @@ class DistilBertLayer(nnx.Module):
 
 
 class DistilBertTransformer(nnx.Module):
-    def __init__(self, config: DistilBertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DistilBertConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.layer = nnx.List(
             [DistilBertLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)]
         )
@@ -117,7 +118,7 @@ class DistilBertTransformer(nnx.Module):
 class DistilBertModel(nnx.Module):
     """The encoder; arguments as BertModel, whose segments it does not have."""
 
-    def __init__(self, config: DistilBertConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DistilBertConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
         self.embeddings = DistilBertEmbeddings(config, dtype=dtype, rngs=rngs)
         self.transformer = DistilBertTransformer(config, dtype=dtype, rngs=rngs)
@@ -144,7 +145,7 @@ class DistilBertCrossEncoder(CrossEncoder):
     """
 
     def __init__(
-        self, config: DistilBertConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs, **head: Any
+        self, config: DistilBertConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs, **head: Any
     ) -> None:
         width = config.hidden_size
         self.distilbert = DistilBertModel(config, dtype=dtype, rngs=rngs)

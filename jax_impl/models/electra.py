@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jax_impl.models.bert import ACTIVATIONS, BertConfig, BertEmbeddings, BertEncoder, BertModel, linear
 from jax_impl.models.cross_encoder import CrossEncoder
@@ -34,7 +35,7 @@ class ElectraModel(BertModel):
 
     config: ElectraConfig
 
-    def __init__(self, config: ElectraConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ElectraConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
         self.embeddings = BertEmbeddings(config, config.embedding_size, dtype=dtype, rngs=rngs)
         if config.embedding_size != config.hidden_size:
@@ -55,7 +56,7 @@ class ElectraCrossEncoder(CrossEncoder):
     """
 
     def __init__(
-        self, config: ElectraConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs, **head: Any
+        self, config: ElectraConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs, **head: Any
     ) -> None:
         self.electra = ElectraModel(config, dtype=dtype, rngs=rngs)
         self.classifier = RobertaClassificationHead(

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from common.language import IndraConfig
 from jax_impl.models.bert import layer_keys, linear
@@ -42,7 +43,7 @@ class Indra(LanguageModel):
       rngs: for fresh parameters.
     """
 
-    def __init__(self, config: IndraConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: IndraConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config, self.context = config, config.context
         blocks, width, states = config.blocks(), config.hidden_size, config.complex_width
         self.embed_tokens = nnx.Embed(config.vocab_size, width, dtype=dtype, rngs=rngs)

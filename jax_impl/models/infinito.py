@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from common.language import InfinitoConfig
 from jax_impl.models.bert import layer_keys, linear
@@ -43,7 +44,7 @@ class Infinito(LanguageModel):
 
     segmented = True
 
-    def __init__(self, config: InfinitoConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: InfinitoConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config, self.context = config, config.context
         blocks, width = config.blocks(), config.hidden_size
         self.embed_tokens = nnx.Embed(config.vocab_size, width, dtype=dtype, rngs=rngs)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from common.language import InfinitoConfig
 from jax_impl.models.bert import layer_keys, linear
@@ -30,7 +31,7 @@ class RecurrentState(NamedTuple):
 class LSTMLayer(nnx.Module):
     """One layer; the forget gate starts open, by a constant 1."""
 
-    def __init__(self, inputs: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, inputs: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.input_proj = linear(inputs, 4 * width, dtype=dtype, rngs=rngs)
         self.hidden_proj = linear(width, 4 * width, use_bias=False, dtype=dtype, rngs=rngs)
 
@@ -71,7 +72,7 @@ class LSTM(LanguageModel):
 
     context = None
 
-    def __init__(self, config: InfinitoConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: InfinitoConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
         width, hidden = config.hidden_size, config.lstm_width()
         self.embed_tokens = nnx.Embed(config.vocab_size, width, dtype=dtype, rngs=rngs)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from common.language import InfinitoConfig
 from jax_impl.models.bert import linear, merge_heads, product, split_heads
@@ -40,7 +41,7 @@ class SlotMemory(nnx.Module):
       rngs: for fresh parameters.
     """
 
-    def __init__(self, config: InfinitoConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: InfinitoConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config = config
         width = config.hidden_size
         self.norm = rms_norm(width, config.blocks(), dtype=dtype, rngs=rngs)

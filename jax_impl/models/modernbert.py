@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jax_impl.models.bert import (
     ACTIVATIONS,
@@ -107,19 +108,19 @@ def rotate(x: jax.Array, rotation: tuple[np.ndarray, np.ndarray]) -> jax.Array:
 
 
 class ModernBertEmbeddings(nnx.Module):
-    def __init__(self, config: ModernBertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModernBertConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.tok_embeddings = nnx.Embed(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.norm = layer_norm(config, dtype=dtype, rngs=rngs)
 
 
-def layer_norm(config: ModernBertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(config: ModernBertConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(
         config.hidden_size, epsilon=config.norm_eps, use_bias=config.norm_bias, dtype=dtype, rngs=rngs
     )
 
 
 class ModernBertAttention(nnx.Module):
-    def __init__(self, config: ModernBertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModernBertConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config = config
         width, bias = config.hidden_size, config.attention_bias
         self.Wqkv = linear(width, 3 * width, use_bias=bias, dtype=dtype, rngs=rngs)
@@ -141,7 +142,7 @@ class ModernBertAttention(nnx.Module):
 
 
 class ModernBertMLP(nnx.Module):
-    def __init__(self, config: ModernBertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModernBertConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.activation = ACTIVATIONS[config.hidden_activation]
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.Wi = linear(width, 2 * inner, use_bias=bias, dtype=dtype, rngs=rngs)
@@ -155,7 +156,7 @@ class ModernBertMLP(nnx.Module):
 class ModernBertEncoderLayer(nnx.Module):
     """The first layer has no `attn_norm`: the embeddings end in a norm."""
 
-    def __init__(self, config: ModernBertConfig, first: bool, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModernBertConfig, first: bool, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.first, self.rate = first, config.hidden_dropout_prob
         if not first:
             self.attn_norm = layer_norm(config, dtype=dtype, rngs=rngs)
@@ -178,7 +179,7 @@ class ModernBertEncoderLayer(nnx.Module):
 class ModernBertModel(nnx.Module):
     """The encoder; arguments as BertModel, whose segments it does not have."""
 
-    def __init__(self, config: ModernBertConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModernBertConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
         self.embeddings = ModernBertEmbeddings(config, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(
@@ -218,7 +219,7 @@ class ModernBertModel(nnx.Module):
 class ModernBertPredictionHead(nnx.Module):
     """The head of the masked language model too, so that a base brings it along."""
 
-    def __init__(self, config: ModernBertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModernBertConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         width = config.hidden_size
         self.activation = ACTIVATIONS[config.classifier_activation]
         self.dense = linear(width, width, use_bias=config.classifier_bias, dtype=dtype, rngs=rngs)
@@ -236,7 +237,7 @@ class ModernBertCrossEncoder(CrossEncoder):
     """
 
     def __init__(
-        self, config: ModernBertConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs, **head: Any
+        self, config: ModernBertConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs, **head: Any
     ) -> None:
         self.classifier_pooling = config.classifier_pooling
         self.model = ModernBertModel(config, dtype=dtype, rngs=rngs)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jax_impl.models.bert import BertConfig, BertEmbeddings, BertEncoder, BertModel, linear
 from jax_impl.models.cross_encoder import CrossEncoder
@@ -46,7 +47,7 @@ class RobertaEmbeddings(BertEmbeddings):
 class RobertaModel(BertModel):
     """The encoder: BertModel with RoBERTa's positions and no pooler."""
 
-    def __init__(self, config: RobertaConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: RobertaConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
         self.embeddings = RobertaEmbeddings(config, config.hidden_size, dtype=dtype, rngs=rngs)
         self.encoder = BertEncoder(config, dtype=dtype, rngs=rngs)
@@ -60,7 +61,7 @@ class RobertaClassificationHead(nnx.Module):
         hidden_size: int,
         activation: Callable[[jax.Array], jax.Array],
         *,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
         self.activation = activation
@@ -78,7 +79,7 @@ class RobertaCrossEncoder(CrossEncoder):
     """
 
     def __init__(
-        self, config: RobertaConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs, **head: Any
+        self, config: RobertaConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs, **head: Any
     ) -> None:
         self.roberta = RobertaModel(config, dtype=dtype, rngs=rngs)
         self.classifier = RobertaClassificationHead(config.hidden_size, jnp.tanh, dtype=dtype, rngs=rngs)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from common.backends import checkpoint_identity
 from common.config import RerankerConfig, to_dict
@@ -363,7 +364,7 @@ class Trainer:
         self.say(self.tokenizer.truncated)
 
 
-def _load(config: RerankerConfig, directory: Path, dtype: jnp.dtype) -> LoadedReranker:
+def _load(config: RerankerConfig, directory: Path, dtype: DTypeLike) -> LoadedReranker:
     train, lora = config.train, config.model.lora
     loaded = load_cross_encoder(
         directory,
