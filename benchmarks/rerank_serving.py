@@ -13,7 +13,6 @@ backend needs, optimum-onnx, does not install beside transformers 5.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import tempfile
 import time
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.peer import Peer
 from benchmarks.record import Record, compared
 from common.backends import Scorer, load_scorer
 from common.checkpoint import CONFIG_FILE, HEAD_FILE, ONNX_FILE, to_json, write_directory
@@ -67,7 +67,7 @@ def main() -> None:
     record = Record("rerank_serving", about, folder=Path(options.results))
     with tempfile.TemporaryDirectory() as folder:
         ours = {precision: exported(directory, Path(folder) / precision, precision) for precision in OURS}
-        with Peer(directory, Path(folder)) as peer:
+        with Peer(serve_peer, str(directory), folder) as peer:
             seconds, differences = measure(ours, peer, windows)
         sizes = {name: (Path(folder) / name / ONNX_FILE).stat().st_size / 1e6 for name in ours}
     for row in rows(seconds, tokens, differences, sizes):
@@ -187,35 +187,6 @@ def rows(
         compared("INT8 beside our fp32", speed("int8"), speed("fp32"), "ours, fp32", "real tokens/s", **more)
     )
     return made
-
-
-class Peer:
-    """sentence-transformers in a process of its own."""
-
-    def __init__(self, directory: Path, folder: Path) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=serve_peer, args=(theirs, str(directory), str(folder)), daemon=True
-        )
-
-    def __enter__(self) -> Peer:
-        self._process.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._connection.close()
-        self._process.join(timeout=10)
-        self._process.terminate()
-
-    def run(self, kind: str, asked: Asked) -> tuple[list[float], list[np.ndarray]]:
-        """Seconds and scores of each query by one of PEERS. UserError when it fails."""
-        self._connection.send((kind, asked))
-        try:
-            found: tuple[list[float], list[np.ndarray]] = self._connection.recv()
-        except EOFError:
-            raise UserError("sentence-transformers failed; its message stands above") from None
-        return found
 
 
 def serve_peer(connection: Connection, directory: str, folder: str) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import multiprocessing
 import os
 import random
 import time
@@ -21,6 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.peer import Peer
 from benchmarks.record import Record, compared, device_name
 from common.config import DataConfig, EvalConfig, ModelConfig, RerankerConfig, TrainConfig
 from common.errors import UserError, run_command
@@ -50,7 +50,8 @@ def main() -> None:
         "base": options.base,
     }
     record = Record("reranker_training", workload, folder=Path(options.results))
-    with Peer(ours.directory, config, workload["pairs_per_step"]) as peer:
+    rates, size = (config.train.hidden_dropout, config.train.attention_dropout), workload["pairs_per_step"]
+    with Peer(serve_peer, str(ours.directory), rates, config.train.learning_rate, size) as peer:
         for row in measure(ours, peer, windows):
             record.add(row, replace=True)
             print(f"{row['what']}: {row['ours']:,.0f} against {row['peer']:,.0f} {row['unit']}, "
@@ -162,38 +163,13 @@ class Ours:
         return time.perf_counter() - start
 
 
-class Peer:
-    """sentence-transformers in a process of its own, as its users run it."""
-
-    def __init__(self, directory: Path, config: RerankerConfig, pairs_per_step: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        rates = (config.train.hidden_dropout, config.train.attention_dropout)
-        arguments = (theirs, str(directory), rates, config.train.learning_rate, pairs_per_step)
-        self._process = context.Process(target=serve_peer, args=arguments, daemon=True)
-
-    def __enter__(self) -> Peer:
-        self._process.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._connection.close()
-        self._process.join(timeout=10)
-        self._process.terminate()
-
-    def run(self, kind: str, pairs: Pairs) -> float:
-        """Seconds of `train` (our dropout), `train_default` (its own) or `score`. UserError when it fails."""
-        self._connection.send((kind, pairs))
-        try:
-            return float(self._connection.recv())
-        except EOFError:
-            raise UserError("sentence-transformers failed; its message stands above") from None
-
-
 def serve_peer(
     connection: Connection, directory: str, rates: tuple[float, float], learning_rate: float, size: int
 ) -> None:
-    """The peer's process: takes (kind, pairs), answers with seconds."""
+    """The peer's process: takes (kind, pairs) and answers with seconds.
+
+    Kinds: `train` with our dropout, `train_default` with its own, `score`.
+    """
     import torch
     from sentence_transformers import CrossEncoder
 

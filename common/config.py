@@ -12,9 +12,22 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from common.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Start = Literal["auto", "sentence_encoder", "cross_encoder", "masked_lm"]
 Mode = Literal["superposition", "resonance", "entanglement", "adaptation"]
@@ -37,6 +50,7 @@ HEAD_PROJECTORS: dict[str, tuple[str, ...]] = {
 }
 FIDELITY_BLOCKS = 8  # of block_fidelity
 Options = TypeVar("Options")
+Recipe = TypeVar("Recipe", bound="DataclassInstance")
 Settings = TypeVar("Settings")
 
 
@@ -294,11 +308,7 @@ class RerankerConfig:
 
     def changed(self, **parts: Any) -> RerankerConfig:
         """The recipe with other settings: config.changed(name="mine", train={"epochs": 2, "seed": 1})."""
-        settings = {
-            part: dataclasses.replace(getattr(self, part), **new) if isinstance(new, Mapping) else new
-            for part, new in parts.items()
-        }
-        return dataclasses.replace(self, **settings)
+        return with_settings(self, parts)
 
     def validate(self) -> RerankerConfig:
         """Return self, or raise a UserError that lists every field out of range."""
@@ -307,7 +317,7 @@ class RerankerConfig:
         q, d, t, e, r = self.quantum, self.data, self.train, self.evaluation, self.retrain
         width, head = self.model.complex_width, self.model.head
         projectors = HEAD_PROJECTORS[head]
-        folder = bool(self.name) and self.name[0] != "." and not set(self.name) & set("/\\\0")
+        folder = is_folder_name(self.name)
         checks = [
             ("name", self.name, folder, "a folder's name, without / and no dot first"),
             (
@@ -443,6 +453,20 @@ class RunOptions:
     """How many processes there are, one command each, on one host or many."""
     process: int | None = None
     """Which of them this one is, from 0."""
+
+
+def with_settings(recipe: Recipe, parts: Mapping[str, Any]) -> Recipe:
+    """A recipe with other settings; a mapping stands for some of a part's."""
+    settings = {
+        part: dataclasses.replace(getattr(recipe, part), **new) if isinstance(new, Mapping) else new
+        for part, new in parts.items()
+    }
+    return dataclasses.replace(recipe, **settings)
+
+
+def is_folder_name(name: str) -> bool:
+    """Whether a run's folder can have this name: no path, and no dot first."""
+    return bool(name) and name[0] != "." and not set(name) & set("/\\\0")
 
 
 def misfits(config: Any, prefix: str = "") -> Iterator[str]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from common.config import misfits
+from common.config import is_folder_name, misfits, with_settings
 from common.errors import UserError
 from common.language import DecoderConfig, DistillationConfig, IndraConfig, InfinitoConfig
 
@@ -124,11 +123,7 @@ class LanguageRecipe:
 
     def changed(self, **parts: Any) -> Self:
         """The recipe with other settings: recipe.changed(name="mine", train={"epochs": 2})."""
-        settings = {
-            part: dataclasses.replace(getattr(self, part), **new) if isinstance(new, Mapping) else new
-            for part, new in parts.items()
-        }
-        return dataclasses.replace(self, **settings)
+        return with_settings(self, parts)
 
     def validate(self) -> Self:
         """Return self, or raise a UserError that lists every field out of range."""
@@ -149,7 +144,7 @@ class LanguageRecipe:
 
     def _checks(self) -> list[tuple[str, Any, bool, str]]:
         d, t, e = self.data, self.train, self.evaluation
-        folder = bool(self.name) and self.name[0] != "." and not set(self.name) & set("/\\\0")
+        folder = is_folder_name(self.name)
         context = self.model.context
         zero_to_one = ("reset_rate", "warmup", "label_smoothing", "average")
         counts = ("batch_size", "unroll", "evaluations", "checkpoint_every")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,15 @@ class SamplingConfig:
     """Ids that are never chosen (`<unk>`)."""
     explore: bool = False
     """Noise on memory queries, as in training; Infinito only."""
+
+    @classmethod
+    def of_flags(cls, flags: Any) -> Self:
+        """The settings that a command's flags (a dataclass) name alike. UserError for one out of range."""
+        names = {field.name for field in dataclasses.fields(cls)} & vars(flags).keys()
+        sampling = cls(**{name: getattr(flags, name) for name in names})
+        if wrong := sampling.problems("--"):
+            raise UserError("; ".join(wrong))
+        return sampling
 
     def problems(self, prefix: str = "") -> list[str]:
         """Every field out of range, in words."""

@@ -182,9 +182,9 @@ def _old_lists(
     config: RerankerConfig, old: RankingData, encoder: Encoder, say: Callable[[str], None]
 ) -> lists.StoredLists:
     """The old domain's queries with the best passages of a first stage; no label is read."""
-    retrain, negatives = config.retrain, config.data.negatives
+    retrain = config.retrain
     asked = old.split(retrain.old_split) if old.qrels else old.queries
-    stage = negatives if negatives in FIRST_STAGES else "rrf"
+    stage = _candidate_stage(config.data)
     queries = {query: old.queries[query] for query in sorted(asked)}
     depth = max(config.data.negative_pool, CANDIDATE_DEPTH)
     run = first_stages(old, queries, encoder, depth, cache_root(), (stage,))[stage]
@@ -278,8 +278,8 @@ def _write_training(
     related = _related(config, data, encoder)
     retrieved = None
     if settings.positives == "retrieved":
-        stage = settings.negatives if settings.negatives in FIRST_STAGES else "rrf"
-        retrieved = candidates(data, settings.train_split, encoder, depth=settings.negative_pool)[stage]
+        found = candidates(data, settings.train_split, encoder, depth=settings.negative_pool)
+        retrieved = found[_candidate_stage(settings)]
     made, dropped = lists.build_lists(
         data,
         settings.train_split,
@@ -293,6 +293,11 @@ def _write_training(
     if settings.flipped_labels:
         made = lists.flip_labels(made, settings.flipped_labels, config.train.seed)
     return lists.write_lists(made, cache_root() / "lists"), dropped
+
+
+def _candidate_stage(settings: DataConfig) -> str:
+    """The first stage that lists are made of: the one negatives come from, where they come from one."""
+    return settings.negatives if settings.negatives in FIRST_STAGES else "rrf"
 
 
 def _negatives(config: RerankerConfig, data: RankingData, encoder: Encoder) -> Run:

@@ -52,10 +52,7 @@ class Args:
 def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     args = tyro.cli(Args, args=words, description=__doc__)
-    names = {field.name for field in dataclasses.fields(SamplingConfig)} & set(vars(args))
-    sampling = SamplingConfig(**{name: getattr(args, name) for name in names})
-    if wrong := sampling.problems("--"):
-        raise UserError("; ".join(wrong))
+    sampling = SamplingConfig.of_flags(args)
     prompts = read_prompts(args.prompts)
     models = [load_generator(name, args.backend) for name in (args.model1, args.model2)]
     texts = [continued(model, prompts, sampling) for model in models]

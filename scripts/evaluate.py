@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +25,7 @@ from common.data.sources import load_split_data, read_trec_run
 from common.errors import UserError, run_command
 from common.evaluation import Table, chosen_qrels, evaluate, held_out, write_output
 from common.hub import resolve_model
+from common.metrics.calibration import Confidence
 from common.metrics.ranking import DEFAULT_METRICS
 from common.prepare import cache_root, candidates
 from common.reranking import fitted_over, load_confidences
@@ -92,8 +93,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if file not in (None, "-"):
             check_writable(Path(file))
     say = functools.partial(print, file=sys.stderr)
-    scorers = [load_scorer(model, args.backend, say=say) for model in args.models]
-    pools, depth = over(args, say)
+    directories = [resolve_model(model, say=say) for model in args.models]
+    scorers = [load_scorer(directory, args.backend, say=lambda _: None) for directory in directories]
+    confidences = load_confidences(directories, scorers)
+    pools, depth = over(args, directories, say)
     data = load_split_data(args.data, args.split, on_bad_row=args.on_bad_row)
     if data.parts and (args.run or args.qrels):
         raise UserError("--run and --qrels belong to one source: give --data a single one")
@@ -103,7 +106,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         encoder = load_encoder(args.encoder, "auto" if args.backend == "onnx" else args.backend, say=say)
     tables = [
         evaluate_source(
-            dataclasses.replace(args, judged=judged, first_stage=pools, depth=depth), part, scorers, encoder
+            dataclasses.replace(args, judged=judged, first_stage=pools, depth=depth),
+            part,
+            scorers,
+            encoder,
+            confidences,
         )
         for part, judged in held_out(data, args.split, args.judged)
     ]
@@ -117,10 +124,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_output(args.per_query, "".join("\t".join(row) + "\n" for row in per_query(tables)))
 
 
-def over(args: Args, say: Callable[[str], None]) -> tuple[tuple[FirstStage, ...], int]:
+def over(
+    args: Args, directories: Sequence[Path], say: Callable[[str], None]
+) -> tuple[tuple[FirstStage, ...], int]:
     """The first stages to rerank and how deep: as asked, else what the checkpoints were trained for. Says
     where a fusion weight was chosen over another first stage."""
-    fitted = {model: fitted_over(resolve_model(model, say=lambda _: None)) for model in args.models}
+    fitted = dict(zip(args.models, map(fitted_over, directories), strict=True))
     own = tuple(dict.fromkeys(found[0] for found in fitted.values() if found))
     depth = args.depth or max((found[1] for found in fitted.values() if found), default=50)
     pools = args.first_stage or (("bm25",) if args.encoder == "none" else own or ("rrf",))
@@ -140,7 +149,11 @@ def per_query(tables: Sequence[Table]) -> Iterator[tuple[str, ...]]:
 
 
 def evaluate_source(
-    args: Args, data: RankingData, scorers: Sequence[Scorer], encoder: Encoder | None
+    args: Args,
+    data: RankingData,
+    scorers: Sequence[Scorer],
+    encoder: Encoder | None,
+    confidences: Mapping[str, Confidence],
 ) -> Table:
     """The table of one source."""
     say = functools.partial(print, file=sys.stderr)
@@ -168,7 +181,7 @@ def evaluate_source(
         cache_dir=cache,
         metrics=args.metrics,
         qrels=qrels,
-        confidences=load_confidences(args.models, scorers),
+        confidences=confidences,
         seed=args.seed,
     )
 

@@ -60,15 +60,7 @@ class Args:
 def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     args = tyro.cli(Args, args=words, description=__doc__)
-    sampling = SamplingConfig(
-        **{
-            field.name: getattr(args, field.name)
-            for field in dataclasses.fields(SamplingConfig)
-            if field.name != "banned"
-        }
-    )
-    if wrong := sampling.problems("--"):
-        raise UserError("; ".join(wrong))
+    sampling = SamplingConfig.of_flags(args)
     prompts = given_prompts(args)
     generator = load_generator(args.model, args.backend, say=lambda line: print(line, file=sys.stderr))
     if not args.allow_unknown:

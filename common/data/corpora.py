@@ -5,19 +5,18 @@ Source: Merity et al. 2016, arXiv:1609.07843 (WikiText); Taori et al. 2023 (Alpa
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import itertools
 import json
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from common.data.records import hub_library, read_text
 from common.errors import UserError, listed
 
 Form = Literal["literal", "detokenised"]
@@ -176,7 +175,7 @@ def _folder_lines(folder: Path, part: str) -> list[str]:
     names = [f"wiki.{part}.tokens", f"wiki.{part}.tokens.gz"]
     for name in names:
         if (folder / name).is_file():
-            return _read(folder / name).removesuffix("\n").split("\n")
+            return read_text(folder / name).removesuffix("\n").split("\n")
     raise UserError(f"{folder}: has neither {names[0]} nor {names[1]}, which WikiText's form needs")
 
 
@@ -187,10 +186,7 @@ def _hub_lines(part: str) -> list[str]:
 
 
 def _hub_rows(repository: str, split: str, config: str | None = None) -> Iterable[dict[str, Any]]:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"{repository}: hub datasets need `datasets`: pip install -e '.[hub]'.") from None
+    datasets = hub_library(repository)
     try:
         return datasets.load_dataset(repository, config, split=split)
     except Exception as error:  # a lack of network, a wrong name: the library raises many kinds
@@ -200,14 +196,6 @@ def _hub_rows(repository: str, split: str, config: str | None = None) -> Iterabl
             f"({reason[0] if reason else type(error).__name__}). Point $RESONANCE_DATA to a folder that "
             "holds it, or use the embedded corpus: --data pydocs"
         ) from error
-
-
-def _read(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}). Copy the file again.") from None
 
 
 # --- instructions ---
@@ -299,7 +287,7 @@ def load_rows(path: Path) -> Corpus:
 
 def load_text(path: Path) -> Corpus:
     """A text file: its paragraphs in ten pieces, of which the last two are dev and test."""
-    paragraphs = [part for part in re.split(r"\n\s*\n", _read(path)) if part.strip()]
+    paragraphs = [part for part in re.split(r"\n\s*\n", read_text(path)) if part.strip()]
     if len(paragraphs) < 10:
         raise UserError(f"{path}: has {len(paragraphs)} paragraphs (between empty lines); needed are 10")
     borders = [0, len(paragraphs) * 8 // 10, len(paragraphs) * 9 // 10, len(paragraphs)]
@@ -309,7 +297,7 @@ def load_text(path: Path) -> Corpus:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(_read(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from common.data.records import BadRows, OnBadRow, json_rows, read_text, same_words
+from common.data.records import BadRows, OnBadRow, hub_library, json_rows, read_text, same_words
 from common.errors import UserError
 
 Line = tuple[str, str]  # type, text
@@ -304,12 +304,7 @@ def _hub(
     name: str, split: str, eval_split: str, bad: BadRows
 ) -> tuple[list[ExpansionRow], list[ExpansionRow]]:
     """A hub dataset, `owner/name`, or a local folder of its files."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"{name}: hub datasets need the library `datasets`: pip install -e '.[hub]'."
-        ) from None
+    datasets = hub_library(name)
     try:
         found = datasets.load_dataset(name)
     except (OSError, ValueError) as error:  # not found, not reachable

@@ -186,6 +186,21 @@ class _Planned:
         """The batch of a step counted from the start of the run."""
         raise NotImplementedError
 
+    def __len__(self) -> int:
+        """Steps of an epoch."""
+        raise NotImplementedError
+
+    def _plan_epoch(self, epoch: int) -> Any:
+        """What the batches of an epoch are cut from."""
+        raise NotImplementedError
+
+    def _place(self, step: int) -> tuple[Any, int]:
+        """The plan of a step's epoch, made once, and the step's place in it."""
+        epoch, position = divmod(step, len(self))
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, self._plan_epoch(epoch))
+        return self._epoch[1], position
+
     def _joined(self, group: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
         """Documents as the model reads them, an end before, between and behind: ids [n], counted [n]."""
         ids, counted = [np.asarray([self.end], np.int32)], [np.zeros(1, bool)]
@@ -243,12 +258,7 @@ class PackedRows(_Planned):
         return self.rows // self.batch_size
 
     def batch(self, step: int) -> LanguageBatch:
-        epoch, position = divmod(step, len(self))
-        if self._epoch is None or self._epoch[0] != epoch:
-            rng = np.random.default_rng((self.seed, epoch))
-            joined = self._shuffled(np.random.default_rng(self.seed) if self.fixed else rng)
-            self._epoch = (epoch, (joined, rng.permutation(self.rows)))
-        joined, order = self._epoch[1]
+        (joined, order), position = self._place(step)
         rows = order[position * self.batch_size : (position + 1) * self.batch_size]
         inputs, labels, mask, segments = self._rows(joined, rows)
         reset = np.ones((len(rows), 1), bool)
@@ -260,6 +270,12 @@ class PackedRows(_Planned):
         for start in range(0, self.rows, size):
             inputs, _, _, segments = self._rows(joined, np.arange(start, min(self.rows, start + size)))
             yield inputs[:, 0], segments[:, 0]
+
+    def _plan_epoch(self, epoch: int) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+        """The joined documents, and the order of their rows."""
+        rng = np.random.default_rng((self.seed, epoch))
+        joined = self._shuffled(np.random.default_rng(self.seed) if self.fixed else rng)
+        return joined, rng.permutation(self.rows)
 
     def _shuffled(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         return self._joined(map(int, rng.permutation(len(self.documents))))
@@ -304,10 +320,7 @@ class Streams(_Planned):
         return -(-self.segments // (self.batch_size * self.unroll))
 
     def batch(self, step: int) -> LanguageBatch:
-        epoch, position = divmod(step, len(self))
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, self._plan_epoch(epoch))
-        table, first = self._epoch[1]
+        (table, first), position = self._place(step)
         shape, length = (self.batch_size, self.unroll), len(self) * self.unroll  # segments of a stream
         inputs, labels = (np.full((*shape, self.segment), self.end, np.int32) for _ in range(2))
         mask, reset = np.zeros((*shape, self.segment), bool), np.ones(shape, bool)

@@ -167,6 +167,17 @@ def read_text(path: str | Path) -> str:
         raise UserError(f"{path}: cannot be read: {error}.") from None
 
 
+def hub_library(name: str) -> Any:
+    """The library `datasets`, which loads the data of a name on the hub; UserError where it is missing."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{name}: hub datasets need the library `datasets`: pip install -e '.[hub]'."
+        ) from None
+    return datasets
+
+
 def json_rows(path: Path, bad: BadRows) -> Iterator[tuple[str, Any]]:
     """Yield ("file:line", value) for each row of JSONL, or of one JSON array."""
     text = read_text(path)

@@ -24,6 +24,7 @@ from common.data.records import (
     RankingData,
     Run,
     Triple,
+    hub_library,
     json_rows,
     parse_triple,
     parse_triples,
@@ -457,12 +458,7 @@ def _is_hub_folder(folder: Path) -> bool:
 
 def _load_hub(name: str, bad: BadRows, cache_dir: str | Path | None) -> RankingData:
     """A hub dataset, `owner/name` or `owner/name:config`, or a local folder of its Parquet or JSON files."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"{name}: hub datasets need the library `datasets`: pip install -e '.[hub]'."
-        ) from None
+    datasets = hub_library(name)
     path = Path(name).absolute()
     place, _, config = (name, "", "") if path.exists() else name.partition(":")
     cache = None if cache_dir is None else str(cache_dir)
