@@ -41,11 +41,13 @@ def trained_on(sources: tuple[str, ...], name: str) -> RerankerConfig:
             name=" + ".join(sources),
             list_size=4,
             negatives="judged",
+            negative_pool=100,  # as deep as the positives that count: NFCorpus has dozens a query, most far away
+            positives="retrieved",
             max_query_tokens=64,
             max_passage_tokens=128,
         ),
         quantum=QuantumConfig(mode="resonance"),
-        train=TrainConfig(epochs=1, learning_rate=1e-4),
+        train=TrainConfig(epochs=0.5, learning_rate=1e-4),
         evaluation=EvalConfig(depth=20, candidates="judged", dev_queries=200, dev_depth=15),
     )
 

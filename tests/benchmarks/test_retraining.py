@@ -52,20 +52,27 @@ def test_both_domains_are_compared_before_and_after_without_and_with_preservatio
 ) -> None:
     said = run([*arguments, "--retrain.old-data", str(world.data)])
     for domain in ("new", "old"):
-        for name in ("rrf", "original", "retrained, free", "retrained, preserving"):
+        for name in (
+            "rrf",
+            "original",
+            "retrained, free",
+            "the same without old lists",
+            "retrained, preserving",
+        ):
             assert f"{domain}: {name}" in said
     root = Path(arguments[1]).parent
     logs = {
         name: (root / "runs" / f"retrained_{name}" / "metrics.jsonl").read_text()
-        for name in ("free", "preserving")
+        for name in ("free", "new_lists", "preserving")
     }
-    assert "preserve_query" in logs["preserving"] and "preserve" not in logs["free"]
+    assert all("preserve_query" in logs[name] for name in ("new_lists", "preserving"))
+    assert "preserve" not in logs["free"]
     (file,) = (root / "results").glob("retraining.*.json")
     stored = json.loads(file.read_text())
     rows = {
         (row["what"].split()[0], row["what"].split(": ")[1], row["peer_name"]): row for row in stored["rows"]
     }
-    assert len(rows) == len(stored["rows"]) == 6
+    assert len(rows) == len(stored["rows"]) == 12
     for row in rows.values():
         assert row["difference"] == pytest.approx(row["ours"] - row["peer"], abs=1e-9)
         assert row["interval"][0] <= row["difference"] <= row["interval"][1]
@@ -73,7 +80,7 @@ def test_both_domains_are_compared_before_and_after_without_and_with_preservatio
     assert old["retrained, free"]["peer"] == old["retrained, preserving"]["peer"]
     assert str(world.root) not in json.dumps(stored["workload"])
     again = run([*arguments, "--retrain.old-data", str(world.data)])
-    assert again.count("finished before") == 2 and said[said.index("Retraining: ") :] in again
+    assert again.count("finished before") == 3 and said[said.index("Retraining: ") :] in again
 
 
 @pytest.mark.parametrize(
