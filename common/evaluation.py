@@ -25,14 +25,14 @@ from common.data.sources import read_qrels
 from common.errors import UserError
 from common.metrics.calibration import Confidence
 from common.metrics.ranking import DEFAULT_METRICS, evaluate_run, mean, ranked
-from common.metrics.significance import bootstrap_interval, paired_randomisation
+from common.metrics.significance import bootstrap_interval, paired_randomisation, randomisation_draws
 from common.prepare import Prepared, cache_root, candidates
 from common.progress import progress
 from common.report import tables_text
 from common.retrieval.fusion import fuse_runs
 
 Kind = Literal["first stage", "alone", "fused", "portable"]
-SAMPLES = 10_000  # draws of every test and interval
+SAMPLES = 10_000  # draws of every interval, and of the tests that are not exact
 _CHUNK = 8192  # pairs scored between two writes of the cache
 _FIELDS = ("score", "portable", "resonance", "overlap", "coherence")
 
@@ -484,8 +484,8 @@ def _rows_table(table: Table) -> report.Table:
         "note": (
             f"Δ, better and worse (shares of queries): {first} against the first stage of the same "
             f"candidates; p: against each first stage, {table.best_first_stage} is the best. Brackets: "
-            f"bootstrap over queries; p: two-sided paired randomisation; {SAMPLES:,} draws, seed "
-            f"{table.seed}. Data {table.fingerprint}."
+            f"bootstrap over queries, {SAMPLES:,} draws; p: two-sided paired randomisation, "
+            f"{randomisation_draws(table.queries, SAMPLES)}; seed {table.seed}. Data {table.fingerprint}."
         ),
     }
 

@@ -35,6 +35,11 @@ def paired_randomisation(a: ArrayLike, b: ArrayLike, n: int = 10_000, seed: int 
     return (extreme + 1) / (n + 1)
 
 
+def randomisation_draws(queries: int, n: int = 10_000) -> str:
+    """What `paired_randomisation` of so many queries counts, in words for a table's note."""
+    return f"all {2**queries:,} signs" if queries <= _EXACT else f"{n:,} draws"
+
+
 def bootstrap_interval(
     a: ArrayLike, b: ArrayLike | None = None, n: int = 10_000, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:

@@ -73,6 +73,13 @@ def row(table: Table, pool: str, model: str, kind: str) -> Row:
     return found
 
 
+def test_the_note_says_which_tests_are_exact(data: RankingData, stages: dict[str, Run]) -> None:
+    for queries, said in ((7, "paired randomisation, all 128 signs; seed 3"), (40, "10,000 draws; seed 3")):
+        some = {query: data.split("test")[query] for query in list(data.queries)[:queries]}
+        table = evaluate(data, "test", stages, [Oracle("good", 1.0)], pools=("near",), qrels=some, seed=3)
+        assert said in " ".join(table.text(10_000).split())
+
+
 def test_rows_and_values(data: RankingData, stages: dict[str, Run]) -> None:
     metrics = ("RR@10", "nDCG@10")
     scorers = [Oracle("good", 1.0, omega=0.3), Oracle("fair", 0.7)]

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from common.metrics.significance import bootstrap_interval, paired_randomisation
+from common.metrics.significance import bootstrap_interval, paired_randomisation, randomisation_draws
 
 
 def test_the_p_value_is_the_share_of_sign_flips_at_least_as_extreme() -> None:
@@ -21,6 +21,13 @@ def test_few_queries_never_give_less_than_two_of_all_flips() -> None:
     for queries in (1, 2, 5, 13):
         better = np.linspace(0.1, 0.7, queries)
         assert paired_randomisation(better, np.zeros(queries)) == 2 / 2**queries
+
+
+@pytest.mark.parametrize("queries", [1, 7, 13, 14, 300])
+def test_the_words_for_a_table_say_whether_the_test_is_exact(queries: int) -> None:
+    a, b = np.random.default_rng(queries).normal(size=(2, queries))
+    exact = len({paired_randomisation(a, b, n=99, seed=seed) for seed in range(20)}) == 1
+    assert randomisation_draws(queries, 99) == (f"all {2**queries:,} signs" if exact else "99 draws")
 
 
 def test_equal_systems_give_one_and_the_order_does_not_matter() -> None:
