@@ -29,7 +29,6 @@ def main() -> None:
     prepared = bm25_lists(config, needed)
     prepared = dataclasses.replace(prepared, training=prepared.training[:needed])  # what both repeat
     contestants = {name: contestant(name, config, prepared) for name in ("jax", "mlx")}
-    seconds = measure(contestants, options.steps, options.repetitions)
     plan = contestants["jax"].trainer.plan
     batches = [plan.batch(step) for step in range(options.steps)]
     workload = {
@@ -42,10 +41,12 @@ def main() -> None:
         "repetitions": options.repetitions,
         "dropout": [config.train.hidden_dropout, config.train.attention_dropout],
     }
+    record = Record("mlx_vs_jax", workload, device="cpu", folder=Path(options.results))
+    seconds = measure(contestants, options.steps, options.repetitions)
     blas = "OpenBLAS" if "blas" in os.environ.get("LD_PRELOAD", "") else "its own BLAS"
     rates = {name: [options.steps / value for value in values] for name, values in seconds.items()}
     row = compared(f"training, MLX with {blas}", rates["mlx"], rates["jax"], "jax", "steps/s")
-    Record("mlx_vs_jax", workload, device="cpu", folder=Path(options.results)).add(row, replace=True)
+    record.add(row, replace=True)
     print(f"{row['what']}: {row['ours']:.2f} steps/s, JAX {row['peer']:.2f}, ratio {row['ratio']:.2f}")
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common.checkpoint import read_json, to_json, write_file
+from common.checkpoint import check_writable, read_json, to_json, write_file
 from common.errors import UserError
 from common.runs import environment, git_commit, package_versions
 
@@ -39,13 +39,15 @@ class Record:
         device: str | None = None,
         folder: Path = RESULTS,
     ) -> None:
-        """Go on with the file where there is one. UserError when it is broken or of another workload."""
+        """Go on with the file where there is one. UserError when it is broken, of another workload, or cannot
+        be written."""
         self.name, self.workload, self.device = (
             name,
             json.loads(json.dumps(workload)),
             device or device_name(),
         )
         self.path = folder / f"{name}.{self.device}.json"
+        check_writable(self.path)
         folder.mkdir(parents=True, exist_ok=True)
         self._read()
 

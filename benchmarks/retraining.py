@@ -20,12 +20,13 @@ from typing import Any, Literal
 
 from benchmarks.record import RESULTS, Record, Row
 from common.backends import Encoder, load_encoder, load_scorer, load_trainer
-from common.config import RerankerConfig, RetrainConfig, parse_command, to_dict
+from common.config import RerankerConfig, RetrainConfig, RunOptions, parse_command, to_dict
 from common.data.records import RankingData
 from common.data.sources import load_ranking_data
 from common.errors import UserError, run_command
 from common.evaluation import Comparison, Table, evaluate
 from common.evaluation import Row as Ranking
+from common.metrics.ranking import check_metrics
 from common.prepare import (
     cache_root,
     candidates,
@@ -38,6 +39,7 @@ from common.prepare import (
 from common.report import Table as Shown
 from common.report import tables_text
 from common.runs import RunFolder
+from common.workflow import run_inputs
 
 # in this order the paired differences of `evaluate` are the wanted ones: a later one is taken from an earlier
 PRESERVING, NEW_LISTS, FREE, ORIGINAL = NAMES = (
@@ -70,8 +72,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             "--retrain.preserve-knowledge or --retrain.resonance-alignment a weight above 0"
         )
     base = resolve_base(config)
+    new = load_data(config.data)
     old = load_ranking_data(config.retrain.old_data, on_bad_row=config.data.on_bad_row)
-    old.split(options.old_test_split)  # a wrong name fails before training
+    domains = {"new": (new, config.data.test_split), "old": (old, options.old_test_split)}
+    for data, split in domains.values():
+        data.split(split)  # a wrong name fails before training, and so does a place that cannot be written
+    check_metrics([config.evaluation.metric])
+    record = Record("retraining", workload(config, options, domains), folder=options.results)
     encoder = load_encoder(config.data.encoder, options.backend)
     free = dataclasses.replace(
         config.retrain,
@@ -85,11 +92,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, retrain in (("free", free), ("new_lists", new_lists), ("preserving", config.retrain)):
         run, first_stage = train(config, name, retrain, encoder, options)
         runs.append(run / options.checkpoint)
-    new = load_data(config.data)
-    domains = {
-        "new": (new, config.data.test_split),
-        "old": (old, options.old_test_split),
-    }
     scorers = [load_scorer(place, options.backend, say=lambda _: None) for place in (*runs[::-1], base)]
     tables = {
         domain: evaluate(
@@ -105,7 +107,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         for domain, (data, split) in domains.items()
     }
     print(tables_text([shown(tables, first_stage)]))
-    record = Record("retraining", workload(config, options, domains), folder=options.results)
     record.add(*rows(tables), replace=True)
     print(f"recorded in {record.path}")
 
@@ -117,8 +118,13 @@ def train(
     config = dataclasses.replace(config, name=f"{config.name}_{name}", retrain=retrain).validate()
     data, old = load_data(config.data), load_old_data(config)
     prepared = prepare(config, encoder, data, old)
-    fingerprint = run_fingerprint(data, old)
-    with RunFolder.create(options.runs, config.name, to_dict(config), data_fingerprint=fingerprint) as folder:
+    with RunFolder.create(
+        options.runs,
+        config.name,
+        to_dict(config),
+        data_fingerprint=run_fingerprint(data, old),
+        inputs=run_inputs(config, RunOptions(runs=options.runs, backend=options.backend)),
+    ) as folder:
         if (folder.final / "model.safetensors").exists():
             print(f"{folder.path}: finished before")
         else:

@@ -15,10 +15,11 @@ import numpy as np
 from common.backends import Encoder, Scorer
 from common.checkpoint import read_json
 from common.config import RerankerConfig
+from common.data.records import RankingData
 from common.errors import UserError
 from common.evaluation import SAMPLES, evaluate_recipe, score_pairs
 from common.metrics.ranking import kendall_tau, mean, ranked
-from common.metrics.significance import bootstrap_interval, paired_randomisation
+from common.metrics.significance import bootstrap_interval, paired_randomisation, randomisation_draws
 from common.prepare import Prepared, cache_root, candidates
 from common.report import Table
 
@@ -99,17 +100,21 @@ def _config(recipe: RerankerConfig, variant: str, seed: int) -> RerankerConfig:
         raise UserError(f"variant {variant} of {recipe.name}: {error}") from None
 
 
+def check_data(config: RerankerConfig, data: RankingData) -> None:
+    """Raise the UserError of data that a grid cannot measure, before any run is trained on it."""
+    if data.parts:
+        raise UserError(
+            f"data.name {config.data.name} names several sources; a grid measures one: name each of them "
+            "with --datasets"
+        )
+    data.split(config.data.test_split)
+
+
 def outcome(
     config: RerankerConfig, prepared: Prepared, scorer: Scorer, encoder: Encoder, summary: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a run says of its test split, query by query, with the scores of every pair: its OUTCOME.
-
-    UserError for combined data, which has several.
-    """
-    if prepared.data.parts:
-        raise UserError(
-            f"data.name {config.data.name} names several sources; a grid measures one: name each with --data"
-        )
+    """What a run says of its test split (`check_data`), query by query, with the scores of every pair: its
+    OUTCOME."""
     [table] = evaluate_recipe(config, prepared, [scorer], encoder)
     metric, pool = table.metrics[0], prepared.first_stage
     data, split, judged = prepared.data, config.data.test_split, config.evaluation.candidates == "judged"
@@ -254,11 +259,11 @@ def shown(collection: str, outcomes: Outcomes, reference: str, rows: Sequence[Re
         ],
         "rows": lines,
         "note": (
-            "The mean over seeds, query by query. Brackets: bootstrap over queries. p: two-sided paired "
-            f"randomisation over queries, not corrected for the {max(0, len(rows) - 1)} comparisons; "
-            f"{SAMPLES:,} draws each. τ: Kendall's tau-b between the orders of a query's candidates by the "
-            "variant and by the reference of the same seed, mean over queries; in the reference's own row "
-            f"between its seeds. Data {one['fingerprint']}."
+            f"The mean over seeds, query by query. Brackets: bootstrap over queries, {SAMPLES:,} draws. p: "
+            f"two-sided paired randomisation over queries, {randomisation_draws(count, SAMPLES)}, not "
+            f"corrected for the {max(0, len(rows) - 1)} comparisons. τ: Kendall's tau-b between the orders "
+            "of a query's candidates by the variant and by the reference of the same seed, mean over "
+            f"queries; in the reference's own row between its seeds. Data {one['fingerprint']}."
         ),
     }
 

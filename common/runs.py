@@ -298,8 +298,10 @@ def _clear(path: Path) -> None:
 def _same_run(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
     """Refuse to go on with another recipe or other data under the same name.
 
-    A setting that is newer than the run had its default then.
+    A setting that is newer than the run had its default then; inputs that it did not note are not known.
     """
+    if not before.get("inputs"):
+        now = {**now, "inputs": before.get("inputs")}
     usual = {"config": _usual(now["config"])}
     old, new = (dict(_flat({key: run.get(key) for key in now})) for run in (before, now))
     old = {key: value for key, value in _flat(usual) if key in new} | old
@@ -311,7 +313,7 @@ def _same_run(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> 
     if differ:
         raise UserError(
             f"{path} is a run with other settings:\n{listed(differ)}\n"
-            "Give this one another --name, or --fresh to delete the old run and start over."
+            "Give this one another --name or --runs, or delete the old run (--fresh does) and start over."
         )
 
 

@@ -19,16 +19,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from common.ablation import HEAD_VARIANTS, OUTCOME, Job, grid, outcome, read_outcomes, results, shown
+from common.ablation import (
+    HEAD_VARIANTS,
+    OUTCOME,
+    Job,
+    check_data,
+    grid,
+    outcome,
+    read_outcomes,
+    results,
+    shown,
+)
 from common.backends import Encoder, accelerator, load_encoder, load_scorer, load_trainer
 from common.checkpoint import to_json
-from common.config import DataConfig, RerankerConfig, parse_command, to_dict
+from common.config import DataConfig, RerankerConfig, RunOptions, parse_command, to_dict
 from common.data.records import RankingData
 from common.errors import UserError, listed, run_command
 from common.evaluation import write_bytes, write_output
 from common.prepare import load_data, load_old_data, prepare, run_fingerprint
 from common.report import tables_markdown, tables_text
 from common.runs import RunFolder, environment
+from common.workflow import run_inputs
 
 DEFAULT_RECIPE = "configs/quantum_resonance.py"
 
@@ -114,18 +125,20 @@ def train(job: Job, options: Options, tools: Tools) -> None:
     """One run to its OUTCOME, unless it has one; UserError when the folder holds another recipe's."""
     config = job.config
     data, old = tools.data(config.data), load_old_data(config)
+    check_data(config, data)
+    runs = options.runs / job.collection
     with RunFolder.create(
-        options.runs / job.collection,
+        runs,
         config.name,
         to_dict(config),
         data_fingerprint=run_fingerprint(data, old),
+        inputs=run_inputs(config, RunOptions(runs=runs, backend=options.backend)),
     ) as folder:
         if (folder.path / OUTCOME).exists():
             print(f"{folder.path}: finished before")
             return
         encoder = tools.encoder(config.data.encoder)
         prepared = prepare(config, encoder, data, old)
-        prepared.data.split(config.data.test_split)  # a wrong name fails before training
         summary = load_trainer(options.backend)(config, prepared).run(folder)
         scorer = load_scorer(folder.best, options.backend, say=lambda _: None)
         folder.write_json(OUTCOME, outcome(config, prepared, scorer, encoder, summary))

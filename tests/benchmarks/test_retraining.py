@@ -88,6 +88,9 @@ def test_both_domains_are_compared_before_and_after_without_and_with_preservatio
     [
         ([], r"nothing to compare: name the old domain's data"),
         (["--retrain.old-data", "{data}", "--old-test-split", "tset"], r"no split 'tset'"),
+        (["--retrain.old-data", "{data}", "--data.test-split", "tset"], r"no split 'tset'"),
+        (["--retrain.old-data", "{data}", "--results", "{data}"], r"cannot be written \(Not a directory\)"),
+        (["--retrain.old-data", "{data}", "--evaluation.metric", "ndgc@10"], r"unknown metric 'ndgc@10'"),
         (["--retrain.old-data", "{data}", "--model.base", "{base}"], r"has no resonance\.safetensors"),
     ],
 )

@@ -103,6 +103,8 @@ def test_a_run_goes_on_only_from_the_same_base_on_the_same_backend(tmp_path: Pat
         UserError, match=r"(?s)inputs\.backend: 'jax' before, 'mlx' now.*inputs\.base: 'a' bef"
     ):
         make(tmp_path, inputs={"backend": "mlx", "base": "b"})
+    make(tmp_path / "older").close()  # as runs of commands that did not note any
+    make(tmp_path / "older", inputs={"backend": "mlx"}).close()
 
 
 def test_a_setting_that_is_newer_than_a_run_had_its_default_then(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from common.ablation import OUTCOME
 from common.errors import UserError
 from scripts import ablate
-from tests.tiny import World, command
+from tests.tiny import World, command, write_base
 
 
 def run(*argv: object) -> str:
@@ -120,6 +121,25 @@ def test_a_grid_that_cannot_be_is_refused_before_any_training(
     with pytest.raises(UserError, match=message):
         run("--config", recipe, "--runs", tmp_path, *argv)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_several_sources_are_refused_before_anything_is_trained(
+    recipe: Path, world: World, tmp_path: Path
+) -> None:
+    flags = ["--variants", "cartesian", "--seeds", 0, "--runs", tmp_path]
+    with pytest.raises(UserError, match=r"(?s)1 of 1 runs failed.*names several sources.*with --datasets"):
+        run("--config", recipe, "--data", f"{world.data} + {world.data}", *flags)
+    assert not list(tmp_path.rglob("config.json"))
+
+
+def test_a_base_that_has_changed_is_told(recipe: Path, world: World, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    flags = ["--model.base", base, "--variants", "cartesian", "--seeds", 0, "--runs", tmp_path / "runs"]
+    run("--config", recipe, "--train.max-steps", 1, *flags)
+    shutil.rmtree(base)
+    write_base(base, seed=1)
+    with pytest.raises(UserError, match=r"(?s)is a run with other settings.*inputs\.base"):
+        run("--config", recipe, "--train.max-steps", 1, *flags)
 
 
 def test_nothing_finished_is_no_table(recipe: Path, tmp_path: Path) -> None:
