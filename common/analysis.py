@@ -93,7 +93,7 @@ def analyse(
 
 
 def write_analysis(directory: str | Path, name: str, analysis: Mapping[str, Any]) -> list[Path]:
-    """Write analysis-<name>.json, .png and .html into a folder; UserError when that cannot be."""
+    """Write the `analysis_files` of a folder; UserError when that cannot be."""
     buffer = io.BytesIO()
     analysis_figure(analysis).savefig(buffer, format="png", dpi=150)
     contents = {
@@ -101,11 +101,15 @@ def write_analysis(directory: str | Path, name: str, analysis: Mapping[str, Any]
         "png": buffer.getvalue(),
         "html": analysis_page(analysis).encode(),
     }
-    files = []
-    for ending, content in contents.items():
-        files.append(Path(directory) / f"analysis-{name}.{ending}")
-        write_bytes(files[-1], content)
-    return files
+    files = analysis_files(directory, name)
+    for ending, file in files.items():
+        write_bytes(file, contents[ending])
+    return list(files.values())
+
+
+def analysis_files(directory: str | Path, name: str) -> dict[str, Path]:
+    """Ending -> analysis-<name>.json, .png and .html of a folder."""
+    return {ending: Path(directory) / f"analysis-{name}.{ending}" for ending in ("json", "png", "html")}
 
 
 def _distribution(values: np.ndarray, relevant: np.ndarray) -> dict[str, Any]:

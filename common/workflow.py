@@ -24,6 +24,7 @@ from common.data.records import RankingData
 from common.errors import UserError
 from common.evaluation import evaluate_recipe
 from common.hub import resolve_model
+from common.metrics.ranking import check_metrics
 from common.prepare import (
     Prepared,
     cache_root,
@@ -91,6 +92,7 @@ def train_recipe(
         return TrainedRun(place, finished["first_stage"], finished["tables"], True)
     with processes.together():
         check_splits(config, data, options.evaluate_test)
+        check_metrics([config.evaluation.metric])
         inputs = run_inputs(config, options)
         encoder = load_encoder(config.data.encoder, options.backend, say=say)
     prepared = processes.in_turn(lambda: prepare(config, encoder, data, old, say=say))

@@ -17,15 +17,17 @@ from typing import Literal
 
 import tyro
 
-from common.analysis import analyse, write_analysis
+from common.analysis import analyse, analysis_files, write_analysis
 from common.analysis_view import analysis_tables
 from common.backends import load_encoder, load_scorer
+from common.checkpoint import check_writable
 from common.config import FirstStage
 from common.data.records import OnBadRow
 from common.data.sources import load_split_data
 from common.errors import UserError, run_command
 from common.evaluation import chosen_qrels
 from common.hub import resolve_model
+from common.metrics.ranking import check_metrics
 from common.prepare import cache_root, candidates
 from common.report import tables_text, write_report
 from common.reranking import fitted_over, load_confidences
@@ -72,6 +74,7 @@ class Args:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = tyro.cli(Args, description=__doc__, args=argv).validate()
+    check_metrics([args.metric])
     say = functools.partial(print, file=sys.stderr)
     directory = resolve_model(args.model, say=say)
     run = directory.absolute().parent
@@ -80,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             f"{directory}: is no run's checkpoint, so there is no run's folder: name one with --out"
         )
+    for file in analysis_files(args.out or run or ".", args.split).values():
+        check_writable(file)
     scorer = load_scorer(directory, args.backend, say=lambda _: None)
     data = load_split_data(args.data, args.split, on_bad_row=args.on_bad_row)
     encoder = None if args.encoder == "none" else load_encoder(args.encoder, args.backend, say=say)

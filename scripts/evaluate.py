@@ -26,7 +26,7 @@ from common.errors import UserError, run_command
 from common.evaluation import Table, chosen_qrels, evaluate, held_out, write_output
 from common.hub import resolve_model
 from common.metrics.calibration import Confidence
-from common.metrics.ranking import DEFAULT_METRICS
+from common.metrics.ranking import DEFAULT_METRICS, check_metrics
 from common.prepare import cache_root, candidates
 from common.reranking import fitted_over, load_confidences
 from common.runs import environment
@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for file in (args.json, args.per_query):
         if file not in (None, "-"):
             check_writable(Path(file))
+    check_metrics(args.metrics)
     say = functools.partial(print, file=sys.stderr)
     directories = [resolve_model(model, say=say) for model in args.models]
     scorers = [load_scorer(directory, args.backend, say=lambda _: None) for directory in directories]

@@ -20,9 +20,10 @@ from typing import Annotated, Literal
 import tyro
 
 from common.backends import load_encoder, load_scorer
+from common.checkpoint import check_writable
 from common.data.negatives import MiningRules, rows
 from common.data.records import OnBadRow
-from common.data.sources import load_ranking_data
+from common.data.sources import load_split_data
 from common.errors import UserError, run_command
 from common.evaluation import write_output
 from common.mining import Miner, mine_negatives
@@ -41,8 +42,10 @@ class Args:
     teacher: str | None = None
     """A cross-encoder that finds false negatives."""
     form: Literal["tuple", "list", "triplet"] = "tuple"
-    """A row for each query, positives and negatives apart or with labels; or one for each pair of them."""
+    """A row for each query, positives and negatives apart or with labels; or one for each pair of them. For
+    `list` see sentence-transformers; this project trains on the other two."""
     split: str = "train"
+    """Whose queries; `all` takes every query of a file of triples or of a folder with one split, uncut."""
     encoder: str = "default"
     """The bi-encoder of dense retrieval."""
     rules: Annotated[MiningRules, tyro.conf.arg(name="")] = dataclasses.field(default_factory=MiningRules)
@@ -62,7 +65,8 @@ class Args:
 def main(argv: Sequence[str] | None = None) -> None:
     args = tyro.cli(Args, description=__doc__, args=argv).validate()
     say = functools.partial(print, file=sys.stderr)
-    data = load_ranking_data(args.data, on_bad_row=args.on_bad_row)
+    check_writable(args.out)
+    data = load_split_data(args.data, args.split, on_bad_row=args.on_bad_row)
     scorer, teacher = (
         None if model is None else load_scorer(model, args.backend, say=say)
         for model in (args.model, args.teacher)

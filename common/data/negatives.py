@@ -6,6 +6,7 @@ the positive's score is NV-Retriever's (Moreira et al. 2024, arXiv:2407.15831).
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,15 +44,16 @@ class MiningRules:
 
     def validate(self) -> MiningRules:
         """Return self, or raise a UserError that lists every rule out of range."""
-        share = self.relative_margin
+        share, most = self.relative_margin, self.max_score
         checks = [
             ("count", self.count, self.count >= 1, ">= 1"),
             ("first-rank", self.first_rank, self.first_rank >= 1, ">= 1"),
             ("last-rank", self.last_rank, self.last_rank >= self.first_rank, f">= {self.first_rank}"),
-            ("margin", self.margin, self.margin is None or self.margin >= 0, ">= 0"),
+            ("margin", self.margin, self.margin is None or 0 <= self.margin < math.inf, "a number >= 0"),
             ("relative-margin", share, share is None or 0 <= share < 1, "[0, 1)"),
             ("seed", self.seed, self.seed >= 0, ">= 0"),
-            ("teacher-margin", self.teacher_margin, self.teacher_margin >= 0, ">= 0"),
+            ("max-score", most, most is None or math.isfinite(most), "a number"),
+            ("teacher-margin", self.teacher_margin, 0 <= self.teacher_margin < math.inf, "a number >= 0"),
         ]
         wrong = [
             f"--{rule} is {value!r}; allowed: {allowed}" for rule, value, good, allowed in checks if not good
@@ -68,6 +70,7 @@ class Mined:
     query: str
     positives: dict[str, float]  # passage id -> score
     negatives: dict[str, float]
+    grades: dict[str, int]  # of the positives
 
 
 def mine(
@@ -107,7 +110,8 @@ def mine(
             lost["queries without a fitting negative"] += 1
             continue
         values = teacher[query] if teacher is not None else {**scores, **own}
-        found.append(Mined(query, {p: values[p] for p in relevant}, {p: values[p] for p in kept}))
+        scored = ({passage: values[passage] for passage in passages} for passages in (relevant, kept))
+        found.append(Mined(query, *scored, {passage: grades[passage] for passage in relevant}))
     return found, dict(lost)
 
 
@@ -158,36 +162,36 @@ def rows(
     """JSON rows of one query, with scores: `tuple` and `triplet` are training data for `--data.name`.
 
     `tuple`: all positives and negatives in a row; `triplet`: a row for each positive with each negative;
-    `list`: passages with a label each.
+    both with the positives' grades as `scores`. `list`: passages with a label each, their grade or 0.
     """
-    query = data.queries[mined.query]
+    query, grades = data.queries[mined.query], list(mined.grades.values())
     positives = [(data.corpus[p], score) for p, score in mined.positives.items()]
     negatives = [(data.corpus[p], score) for p, score in mined.negatives.items()]
     if form == "list":
-        both = [(text, 1, score) for text, score in positives] + [
-            (text, 0, score) for text, score in negatives
-        ]
+        both = positives + negatives
         yield {
             "query": query,
-            "passages": [text for text, _, _ in both],
-            "labels": [label for _, label, _ in both],
-            "scores": [score for _, _, score in both],
+            "passages": [text for text, _ in both],
+            "labels": grades + [0] * len(negatives),
+            "scores": [score for _, score in both],
         }
     elif form == "tuple":
         yield {
             "query": query,
             "positive": [text for text, _ in positives],
             "negative": [text for text, _ in negatives],
+            "scores": grades,
             "positive_scores": [score for _, score in positives],
             "negative_scores": [score for _, score in negatives],
         }
     else:
-        for positive, own in positives:
+        for (positive, own), grade in zip(positives, grades, strict=True):
             for negative, score in negatives:
                 yield {
                     "query": query,
                     "positive": positive,
                     "negative": negative,
+                    "scores": grade,
                     "positive_scores": own,
                     "negative_scores": score,
                 }

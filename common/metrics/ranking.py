@@ -37,6 +37,12 @@ def evaluate_run(
     return values
 
 
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Raise the UserError of a name that `evaluate_run` does not know, before any work."""
+    for name in metrics:
+        _measure(name)
+
+
 def kendall_tau(a: Run, b: Run) -> dict[str, float]:
     """Query -> Kendall's tau-b in [-1, 1] between the scores of two runs, over the passages that both have.
 

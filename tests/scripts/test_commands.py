@@ -473,3 +473,35 @@ def test_mining_refuses_what_cannot_be(project: Project, tmp_path: Path) -> None
     ):
         with pytest.raises(UserError, match=message):
             run("mine_negatives", *flags, *more)
+
+
+def test_negatives_are_mined_for_every_query_of_a_file(project: Project, tmp_path: Path) -> None:
+    flags = ["--data", project.world.data, "--by", "bm25", "--relative-margin", "None", "--split", "all"]
+    assert "60 rows" in run("mine_negatives", *flags, "--out", tmp_path / "new" / "mined.jsonl")
+
+
+@pytest.mark.parametrize(("name", "argv"), [("mine_negatives", ["--by", "bm25"]), ("analyze", ["best"])])
+def test_where_a_command_writes_is_checked_before_the_work(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, argv: list[str]
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("work was done")
+
+    command = importlib.import_module(f"scripts.{name}")
+    for part in ("load_split_data", "load_scorer", "load_encoder"):
+        monkeypatch.setattr(command, part, work)
+    words = [project.run / "best" if word == "best" else word for word in argv]
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(
+        UserError, match=r"file.*cannot be written \(Not a directory\)\. Choose another place"
+    ):
+        run(name, *words, "--data", project.world.data, "--out", tmp_path / "file" / "x")
+    assert (tmp_path / "file").read_text() == "mine"
+    with pytest.raises(AssertionError, match="work was done"):
+        run(name, *words, "--data", project.world.data, "--out", tmp_path / "new" / "x")
+
+
+@pytest.mark.parametrize(("name", "flag"), [("analyze", "--metric"), ("evaluate", "--metrics")])
+def test_a_metric_is_checked_before_the_work(project: Project, name: str, flag: str) -> None:
+    with pytest.raises(UserError, match="unknown metric 'ndgc@10'"):
+        run(name, project.run / "nowhere", "--data", "./nowhere.jsonl", flag, "ndgc@10")

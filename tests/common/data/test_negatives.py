@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from common.data.negatives import MiningRules, mine, rows
-from common.data.records import RankingData, Run
+from common.data.records import RankingData, Run, parse_triple
 from common.errors import UserError
 
 CORPUS = {f"p{i}": f"passage {i}" for i in range(8)} | {"copy": "Passage  0", "twin": "passage 5"}
@@ -91,17 +91,24 @@ def test_rows_of_each_form_carry_texts_and_scores() -> None:
         "query": "query",
         "positive": ["passage 1", "passage 0"],
         "negative": ["passage 6", "passage 7"],
+        "scores": [2, 1],
         "positive_scores": [0.4, 1.0],
         "negative_scores": [0.9, 0.5],
     }
     [row] = rows(data(), item, "list")
-    assert row["labels"] == [1, 1, 0, 0] and row["scores"] == [0.4, 1.0, 0.9, 0.5]
+    assert row["labels"] == [2, 1, 0, 0] and row["scores"] == [0.4, 1.0, 0.9, 0.5]
     triplets = list(rows(data(), item, "triplet"))
     assert (
         len(triplets) == 4
         and triplets[1]["negative"] == "passage 7"
         and triplets[1]["positive_scores"] == 0.4
     )
+    for form in ("tuple", "triplet"):  # what is mined from graded data is graded
+        read = [parse_triple(row) for row in rows(data(), item, form)]
+        found = {
+            p: grade for triple in read for p, grade in zip(triple.positives, triple.grades, strict=True)
+        }
+        assert found == {"passage 1": 2, "passage 0": 1}
 
 
 @pytest.mark.parametrize(
@@ -111,6 +118,8 @@ def test_rows_of_each_form_carry_texts_and_scores() -> None:
         ({"first_rank": 5, "last_rank": 4}, "--last-rank is 4; allowed: >= 5"),
         ({"relative_margin": 1.0}, r"--relative-margin is 1.0; allowed: \[0, 1\)"),
         ({"margin": -1.0}, "--margin is -1.0"),
+        ({"margin": float("inf")}, "--margin is inf; allowed: a number >= 0"),
+        ({"max_score": float("nan")}, "--max-score is nan; allowed: a number"),
     ],
 )
 def test_rules_out_of_range_are_refused(rules: dict[str, Any], message: str) -> None:
