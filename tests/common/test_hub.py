@@ -149,6 +149,18 @@ def test_the_converter_writes_the_same_tensors(tmp_path: Path) -> None:
     assert str(found["c"].dtype) == "bfloat16"
 
 
+@pytest.mark.parametrize("content", [["a"], {"a": 1}])
+def test_the_converter_takes_tensors_by_name_alone(tmp_path: Path, content: object) -> None:
+    torch = pytest.importorskip("torch")
+    directory = make_checkpoint(tmp_path / "old", weights=None)
+    torch.save(content, directory / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin: holds no table of tensors"):
+        _convert(directory)
+    assert not (directory / "model.safetensors").exists()
+    with pytest.raises(UserError, match="no such folder; give the checkpoint directory"):
+        _convert(directory / "pytorch_model.bin")
+
+
 def test_the_converter_runs_no_code_from_a_pickle(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
 
