@@ -137,8 +137,8 @@ def plistmle(scores: jax.Array, labels: jax.Array, mask: jax.Array) -> Pair:
     real = jnp.take_along_axis(mask, order, axis=1)
     sorted_scores = jnp.take_along_axis(jnp.where(mask, scores.astype(jnp.float32), -1e30), order, axis=1)
     rest = jax.lax.cumlogsumexp(sorted_scores, axis=1, reverse=True)  # [B, L] log of the sum from i on
-    left = jnp.sum(real, axis=1, keepdims=True) - 1 - jnp.arange(labels.shape[1])  # [B, L] n - i
-    weights = jnp.where(real, 2.0 ** jnp.maximum(left, 0) - 1.0, 0.0)
+    last = jnp.sum(real, axis=1, keepdims=True) - 1  # [B, 1] n - 1, by whose power of 2 all are divided
+    weights = jnp.where(real, 0.5 ** jnp.arange(labels.shape[1]) - 0.5**last, 0.0)  # [B, L]
     sums = jnp.sum(weights, axis=1, keepdims=True)
     weights = weights / jnp.where(sums > 0, sums, 1.0)
     counted = real & jnp.any(relevant_candidates(labels, mask), axis=1, keepdims=True)

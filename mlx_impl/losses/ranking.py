@@ -139,8 +139,8 @@ def plistmle(scores: mx.array, labels: mx.array, mask: mx.array) -> Pair:
     place = mx.arange(labels.shape[1])  # not logcumsumexp: its gradient is good to 1e-5 only
     ahead = mx.where(place >= place[:, None], sorted_scores[:, None], -1e30)  # [B, L, L]
     rest = mx.logsumexp(ahead, axis=-1)  # [B, L] log of the sum from i on
-    left = mx.sum(real, axis=1, keepdims=True) - 1 - place  # [B, L] n - i
-    weights = mx.where(real, 2.0 ** mx.maximum(left, 0) - 1.0, 0.0)
+    last = mx.sum(real, axis=1, keepdims=True) - 1  # [B, 1] n - 1, by whose power of 2 all are divided
+    weights = mx.where(real, 0.5**place - 0.5**last, 0.0)  # [B, L]
     sums = mx.sum(weights, axis=1, keepdims=True)
     weights = weights / mx.where(sums > 0, sums, 1.0)
     counted = real & mx.any(relevant_candidates(labels, mask), axis=1, keepdims=True)

@@ -84,6 +84,19 @@ def test_list_losses_and_their_gradients(backend: Backend, name: str, seed: int)
             assert not rows[2 * half + 1][0].any()  # the denominator depends on the data alone
 
 
+def test_plistmle_of_a_list_longer_than_float32_has_powers_of_two(backend: Backend, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores, labels = float32_exact(rng.normal(size=(2, 140))), rng.integers(0, 3, (2, 140)).astype(float)
+    labels[:, 0], mask = 1.0, np.arange(140) < np.array([[140], [3]])
+    loss = backend.module("losses.ranking").plistmle
+    pair = f"{backend.name} with {REFERENCE}"
+    name = "ranking losses, plistmle of long lists"
+    expected = reference.plistmle(scores, labels, mask)
+    check(name, pair, flat(backend.values(loss)(scores, labels, mask)), flat(expected), LOSS_TOLERANCE)
+    gradient = reference.plistmle_gradient(scores, labels, mask)
+    check(name, pair, backend.gradients(loss)(scores, labels, mask)[0][0], gradient, LOSS_TOLERANCE)
+
+
 def test_the_reference_gradients_are_those_of_the_reference_values(seed: int) -> None:
     case = random_lists(seed)
     for name, (_, _, field) in LIST_LOSSES.items():
