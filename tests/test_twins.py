@@ -23,7 +23,7 @@ MLX_ONLY_FILES = {
     "train.py",  # the commands of the Mac user
     "eval.py",
     "convert.py",
-    # SFT and GRPO of Qwen3, on mlx-lm's: JAX has no language model yet
+    # SFT and GRPO of Qwen3 on mlx-lm's model and LoRA layers, and their GGUF: of the Mac alone
     "expansion.py",
     "export/gguf.py",
     "models/qwen.py",
@@ -77,8 +77,8 @@ MLX_ONLY = {
     "training/language_step.py: LanguageState.remembered",
     "training/language_step.py: make_language_step(state)",
     "training/state.py: Stepped.arrays",
-    "training/step.py: make_step(world)",  # in JAX `placed`
-    "training/loop.py: Trainer.world",  # in JAX Trainer.mesh
+    "training/step.py: make_step(world)",  # in JAX `devices`
+    "training/loop.py: Trainer.world",  # in JAX Trainer.processes and Trainer.devices
 }
 
 
@@ -183,7 +183,7 @@ def test_twins_name_each_other(file: str) -> None:
         return
     for source, other in zip(sources(file), ("mlx_impl", "jax_impl"), strict=True):
         docstring = ast.get_docstring(ast.parse(source)) or ""
-        assert other if file == "__init__.py" else f"{other}/{file}" in docstring
+        assert (other if file == "__init__.py" else f"{other}/{file}") in docstring, file
 
 
 def test_every_exception_still_applies() -> None:

@@ -130,7 +130,6 @@ class Trainer:
             if not notes.get("stopped"):
                 with explained(self.config):
                     self._train(states, notes, stop)
-            stop[0] = False  # set by an early stop too
             summary = self._finish(notes)
             if stop[0]:
                 raise KeyboardInterrupt
@@ -168,7 +167,7 @@ class Trainer:
         if first == 0 and leader:
             self._evaluate(0, notes)
         self.world.any(False)  # nobody waits for the leader inside a step
-        step = first
+        step, ends = first, False
         with progress(self.steps, "training", start=first) as bar:
             for step in range(first + 1, self.steps + 1):
                 logged = self._one_step(step, next(batches))
@@ -176,15 +175,15 @@ class Trainer:
                     bar.update(step, self._log(step, logged))
                 early = step in evaluate_at and leader and self._evaluate(step, notes)
                 if step in evaluate_at and self.world.any(early):
-                    stop[0] = notes["stopped"] = True
-                stop[0] = self.world.any(stop[0])
-                if step % train.checkpoint_every == 0 or step == self.steps or stop[0]:
+                    ends = notes["stopped"] = True
+                ends = self.world.any(stop[0]) or ends
+                if step % train.checkpoint_every == 0 or step == self.steps or ends:
                     finite(step, logged)
                     if leader:
                         states.save(self.state, notes | {"data": batches.get_state()})
-                if stop[0]:
+                if ends:
                     break
-        if stop[0] and not notes.get("stopped"):
+        if ends and not notes.get("stopped"):
             self.say(f"stopped at step {step}; the same command goes on from there")
             raise KeyboardInterrupt
 
