@@ -41,7 +41,7 @@ def trained_on(sources: tuple[str, ...], name: str) -> RerankerConfig:
             name=" + ".join(sources),
             list_size=4,
             negatives="judged",
-            negative_pool=100,  # as deep as the positives that count: NFCorpus has dozens a query, most far away
+            negative_pool=100,  # as deep as the positives that count: NFCorpus has dozens a query, most far
             positives="retrieved",
             max_query_tokens=64,
             max_passage_tokens=128,
