@@ -301,7 +301,7 @@ def check_recipe(run: Path, recipe: Mapping[str, Any]) -> None:
 def training_pairs(config: RerankerConfig, prepared: Prepared) -> Iterator[tuple[str, str, float]]:
     """(query, passage, 1 relevant or 0) of every candidate that our run sees, in its order, cut alike."""
     from common.data.pipeline import ListPlan
-    from jax_impl.training.loop import planned_steps
+    from common.training import planned_steps
 
     data, training = config.data, prepared.training
     directory = resolve_model(config.model.base, say=lambda _: None)
@@ -313,7 +313,7 @@ def training_pairs(config: RerankerConfig, prepared: Prepared) -> Iterator[tuple
     passages = dict(zip(map(tuple, ids), cut(texts, data.max_passage_tokens), strict=True))
     queries = cut([item.query for item in training], data.max_query_tokens)
     query_ids, _ = tokenizer.query_ids([item.query for item in training])
-    for step in range(planned_steps(config, len(plan))):
+    for step in range(planned_steps(config.train, len(plan))):
         batch = plan.batch(step)
         for row, column in np.argwhere(batch.mask):
             tokens, sides = batch.input_ids[row, column], batch.sides[row, column]

@@ -157,7 +157,7 @@ class Ours:
 
     def score(self, window: Window) -> float:
         """Seconds to score the window's pairs, from texts to numbers."""
-        scorer = self.trainer._scorer_now()
+        scorer = self.trainer.scorer()
         start = time.perf_counter()
         scorer.score([p[0] for p in window.pairs], [p[1] for p in window.pairs])
         return time.perf_counter() - start

@@ -1,166 +1,230 @@
-"""What the training loops of both backends share: dev evaluation, the length of a run, its card, its end."""
+"""The loop of every training run: steps, evaluations, best and final checkpoints, exact resume, a clean stop.
+
+common.reranker_training and common.language_training say what is trained; a backend's trainer derives from
+one of them: {jax_impl,mlx_impl}/training/{loop,language}.py.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from common.backends import Scores
-from common.config import RerankerConfig
-from common.config_language import LanguageRecipe
-from common.data.records import Run
 from common.errors import UserError, out_of_memory
-from common.hub import DEFAULT_MODEL
-from common.metrics.calibration import Confidence, confidence_features
-from common.metrics.ranking import evaluate_run, mean, ranked
-from common.prepare import FEW_DEV_QUERIES, Prepared, dev_candidates
-from common.retrieval.fusion import choose_omega
-from common.text import Encoded, PairTokenizer
+from common.processes import Processes
+from common.progress import progress
+from common.runs import RunFolder
 
 LOG_EVERY = 10  # steps between lines of the log, and between looks for NaN
-COLLAPSED_SPREAD = 1e-3  # mean spread of a query's scores below which a reranker says nothing
+
+Result = TypeVar("Result")  # what an evaluation says
+Batch = TypeVar("Batch")
+Notes = dict[str, Any]  # what a run knows beside its arrays; JSON, saved with every state
 
 
-@dataclasses.dataclass(frozen=True)
-class DevResult:
-    """What dev says of the parameters at one moment."""
+class Pace(Protocol):
+    """How often a run evaluates and saves, and when it gives up: a part of every recipe."""
 
-    metric: float  # of the reranker alone
-    fused: float  # with the best fusion weight
-    portable: float  # of the portable score
-    fusion_weight: float
-    spread: float  # mean standard deviation of a query's scores
-    confidence: Confidence | None
-
-
-class EncodedScorer(Protocol):
-    """A Scorer that takes pairs which are tokens already."""
-
-    def score_encoded(self, encodeds: Sequence[Encoded]) -> Scores: ...
+    @property
+    def evaluations(self) -> int: ...
+    @property
+    def patience(self) -> int | None: ...
+    @property
+    def checkpoint_every(self) -> int: ...
 
 
-class DevSet:
-    """The dev queries' candidates, tokenized once; `baseline` is the first stage's metric."""
+class Length(Protocol):
+    """How long a run is: a part of every recipe."""
 
-    def __init__(self, config: RerankerConfig, prepared: Prepared, tokenizer: PairTokenizer) -> None:
-        settings = config.evaluation
-        self.settings = settings
-        self.qrels, self.first = dev_candidates(config, prepared)
-        self.baseline = mean(evaluate_run(self.first, self.qrels, (settings.metric,))[settings.metric])
-        pairs = [(query, passage) for query, run in self.first.items() for passage in run]
-        data = prepared.data
-        self._encoded = tokenizer.encode_pairs(
-            [data.queries[query] for query, _ in pairs], [data.corpus[passage] for _, passage in pairs]
-        )
-
-    def evaluate(self, scorer: EncodedScorer) -> DevResult:
-        """Rank the candidates by a scorer, alone and fused, and fit its confidence."""
-        scores = scorer.score_encoded(self._encoded)
-        run: Run = {}
-        portable: Run = {}
-        correct, spread, start = [], [], 0
-        length = int(np.median([len(passages) for passages in self.first.values()]))
-        features = []
-        for query, passages in self.first.items():
-            rows = slice(start, start + len(passages))
-            start += len(passages)
-            values = scores.score[rows]
-            run[query] = dict(zip(passages, map(float, values), strict=True))
-            portable[query] = dict(zip(passages, map(float, scores.portable[rows]), strict=True))
-            features.append(confidence_features(values, scores.resonance[rows], best=length))
-            best = ranked(run[query], 1)[0]
-            correct.append(self.qrels[query].get(best, 0) > 0)
-            spread.append(float(np.std(values)))
-        metric = self.settings.metric
-        omega, table = choose_omega(self.first, run, self.qrels, self.settings.fusion_grid, metric)
-        enough = len(correct) >= FEW_DEV_QUERIES and 0 < sum(correct) < len(correct)
-        confidence = Confidence.fit(np.asarray(features), np.asarray(correct), length) if enough else None
-        alone = mean(evaluate_run(portable, self.qrels, (metric,))[metric])
-        return DevResult(table[0.0], table[omega], alone, omega, float(np.mean(spread)), confidence)
+    @property
+    def epochs(self) -> float: ...
+    @property
+    def min_steps(self) -> int: ...
+    @property
+    def max_steps(self) -> int | None: ...
 
 
-SEPARABLE = ("bert", "electra", "roberta", "xlm-roberta")  # the families of train.separable_start
+class States(Protocol):
+    """The state/ folder of a run, as a backend writes it."""
+
+    def latest(self) -> int | None: ...
+    def close(self) -> None: ...
 
 
-def check_model(config: RerankerConfig, model_type: str, head: str) -> None:
-    """UserError where the recipe asks of the loaded model what its family or its own head has not."""
-    if config.train.separable_start and model_type not in SEPARABLE:
-        raise UserError(
-            f"train.separable_start is {config.train.separable_start}, and {model_type} is not one of the "
-            f"families that it works with: {', '.join(SEPARABLE)}. Set it to 0, or choose another model.base."
-        )
-    wrong = [
-        f"{field} is {value!r}; allowed: {allowed}"
-        for field, value, good, allowed in config.head_checks(head)
-        if not good
-    ]
-    if wrong:
-        raise UserError(f"{config.model.base} has another head than the recipe's: {'; '.join(wrong)}")
+class TrainingLoop(Generic[Result, Batch]):
+    """One run. `run(folder)` starts it or goes on where an interrupted one stopped.
+
+    Several processes each have one and do the same; the first alone evaluates, and writes checkpoints.
+    """
+
+    steps: int
+    processes = Processes()
+    evaluates_start = False  # before the first step too
+
+    def __init__(self, pace: Pace, *, say: Callable[[str], None]) -> None:
+        self.say = say
+        self._pace = pace
+        self._last: tuple[int, Result] | None = None
+
+    # --- what a backend brings ---
+
+    def _states(self, folder: Path) -> Any:
+        raise NotImplementedError
+
+    def _save_state(self, states: Any, notes: Notes) -> None:
+        raise NotImplementedError
+
+    def _load_state(self, states: Any) -> Notes:
+        raise NotImplementedError
+
+    def _steps_done(self) -> int:
+        raise NotImplementedError
+
+    def _batches(self) -> Any:
+        """An iterator over the batches of all steps, with `get_state` and `set_state`."""
+        raise NotImplementedError
+
+    def _one_step(self, step: int, batch: Batch) -> Mapping[str, Any]:
+        raise NotImplementedError
+
+    # --- what the thing that is trained brings ---
+
+    def _begin(self) -> Notes:
+        """Notes of a new run, beside those of the loop."""
+        return {}
+
+    def _check_resumed(self, notes: Notes) -> None:
+        """UserError where an interrupted run cannot go on."""
+
+    def _log(self, step: int, logged: Mapping[str, Any], batch: Batch) -> str:
+        """Write a line of the log; returns what the progress bar says."""
+        raise NotImplementedError
+
+    def _measure(self) -> Result:
+        raise NotImplementedError
+
+    def _tell(self, step: int, result: Result, notes: Notes) -> None:
+        """Log an evaluation and say it."""
+        raise NotImplementedError
+
+    def _better(self, result: Result, notes: Notes) -> Notes | None:
+        """What to note of a result that is the best so far, `best` among it; None when it is not."""
+        raise NotImplementedError
+
+    def _write(self, directory: Path, step: int, result: Result) -> None:
+        """Write the model as it was evaluated to a checkpoint directory."""
+        raise NotImplementedError
+
+    def _summary(self, notes: Notes) -> dict[str, Any]:
+        """What results.json holds of the training beside its steps."""
+        return {}
+
+    def _memory_advice(self) -> str:
+        raise NotImplementedError
+
+    # --- the loop ---
+
+    def run(self, folder: RunFolder) -> dict[str, Any]:
+        """Train to the end; returns the summary that results.json holds.
+
+        KeyboardInterrupt after a stop, whose state is saved; UserError for scores or losses that are broken.
+        """
+        self.folder = folder
+        with contextlib.closing(self._states(folder.state)) as states, interruptible() as stop:
+            notes = self._restore(states)
+            if not notes.get("stopped"):
+                with memory_explained(self._memory_advice()):
+                    self._train(states, notes, stop)
+            summary = self._finish(notes)
+            if self.processes.any(stop[0]):
+                raise KeyboardInterrupt
+            return summary
+
+    def _restore(self, states: States) -> Notes:
+        if states.latest() is None:
+            self.folder.rewind(-1)
+            return {"best": None, "best_step": None, "waited": 0, "data": None} | self._begin()
+        notes = self._load_state(states)
+        self._check_resumed(notes)
+        self.folder.rewind(self._steps_done())
+        self.say(f"resumed at step {self._steps_done()} of {self.steps}")
+        return notes
+
+    def _train(self, states: States, notes: Notes, stop: list[bool]) -> None:
+        pace, first = self._pace, self._steps_done()
+        batches = self._batches()
+        if notes["data"] is not None:
+            batches.set_state(notes["data"])
+        evaluate_at = {round(self.steps * (i + 1) / pace.evaluations) for i in range(pace.evaluations)}
+        if first == 0 and self.evaluates_start:
+            self._evaluate(0, notes)
+        step, ends = first, False
+        with progress(self.steps, "training", start=first) as bar:
+            for step in range(first + 1, self.steps + 1):
+                batch = next(batches)
+                logged = self._one_step(step, batch)
+                if step % LOG_EVERY == 0 or step in (1, self.steps) or step in evaluate_at:
+                    bar.update(step, self._log(step, logged, batch))
+                if step in evaluate_at and self._evaluate(step, notes):
+                    ends = notes["stopped"] = True
+                ends = self._asked_to_stop(step, stop) or ends
+                if step % pace.checkpoint_every == 0 or step == self.steps or ends:
+                    finite(step, logged)
+                    self._save_state(states, notes | {"data": batches.get_state()})
+                if ends:
+                    break
+        if ends and not notes.get("stopped") and step < self.steps:
+            self.say(f"stopped at step {step}; the same command goes on from there")
+            raise KeyboardInterrupt
+
+    def _asked_to_stop(self, step: int, stop: list[bool]) -> bool:
+        """Whether Ctrl-C or SIGTERM came, in any process: they meet at every LOG_EVERY-th step."""
+        if self.processes.count > 1 and step % LOG_EVERY:
+            return False
+        return self.processes.any(stop[0])
+
+    def _evaluate(self, step: int, notes: Notes) -> bool:
+        """Measure, keep the best checkpoint; true when training should stop early."""
+        result = self._measure()
+        self._last = (step, result)
+        self._tell(step, result, notes)
+        better = self._better(result, notes)
+        if better is not None:
+            notes |= better | {"best_step": step, "waited": 0}
+            self._save(self.folder.best, step, result)
+        else:
+            notes["waited"] += 1
+        patience = self._pace.patience
+        if patience is None or notes["waited"] < patience:
+            return False
+        self.say(f"no better dev result in {patience} evaluations: stopped early at step {step}")
+        return True
+
+    def _finish(self, notes: Notes) -> dict[str, Any]:
+        """Write final/, the last parameters; best/ holds those that were best on dev."""
+        step = self._steps_done()
+        if self._last is None or self._last[0] != step:
+            self._last = (step, self._measure())
+        self._save(self.folder.final, step, self._last[1])
+        best = {"best_step": notes["best_step"], "best_dev": notes["best"]}
+        return {"steps": step} | best | self._summary(notes)
+
+    def _save(self, directory: Path, step: int, result: Result) -> None:
+        with self.processes.together():
+            if self.processes.first:
+                self._write(directory, step, result)
 
 
-def planned_steps(config: RerankerConfig | LanguageRecipe, steps_per_epoch: int) -> int:
-    """Optimizer steps of a run: `epochs` of the lists, at least `min_steps`, at most `max_steps`."""
-    train = config.train
-    wanted = round(train.epochs * steps_per_epoch) if train.epochs else train.max_steps or 0
-    wanted = max(1, wanted, train.min_steps)
-    return min(wanted, train.max_steps or wanted)
-
-
-def verdict(config: RerankerConfig, summary: Mapping[str, Any]) -> str:
-    """What dev says of the best checkpoint, in plain words, also where training did not help."""
-    metric, step = config.evaluation.metric, summary["best_step"]
-    alone, fused, first = (summary[key] for key in ("best_dev", "best_dev_fused", "dev_first_stage"))
-    lines = [
-        f"best on dev: step {step}, {metric} {alone:.4f} alone, {fused:.4f} fused, first stage {first:.4f}"
-    ]
-    if step == 0:
-        lines.append(
-            "warning: no step of training was better on dev than the start: best/ is the untrained base"
-        )
-    if fused <= first:
-        lines.append(
-            "warning: on dev it is no better than the first stage, which is what you should keep using"
-        )
-    elif alone <= first:
-        lines.append("warning: on dev it is better than the first stage only when fused with it, not alone")
-    return "\n".join(lines)
-
-
-def model_card(config: RerankerConfig, settings: Mapping[str, Any], training: dict[str, Any]) -> str:
-    """README.md of a checkpoint directory: what it is, how to load it, what was measured."""
-    dev, data = training["dev"], training["data"]
-    metric = config.evaluation.metric
-    base = DEFAULT_MODEL if config.model.base == "default" else config.model.base
-    on_hub = base.count("/") == 1 and base[0] not in "./~" and not Path(base).exists()
-    origin = f"base_model: {base}\n" if on_hub else ""
-    return f"""---
-library_name: sentence-transformers
-pipeline_tag: text-ranking
-{origin}---
-# {config.name}
-
-A quantum-resonance reranker (cross-encoder), fine-tuned from `{base}` (start:
-{settings["start"]}) on `{data["name"]}` (fingerprint {data["fingerprint"]}), step {training["step"]}.
-
-| dev, {dev["queries"]} queries, top {dev["depth"]} of {dev["first_stage_name"]} | {metric} |
-|---|---|
-| first stage | {dev["first_stage"]:.4f} |
-| reranked | {dev[metric]:.4f} |
-| reranked and fused, weight {settings["fusion_weight"]} | {dev["fused"]:.4f} |
-
-These queries chose the checkpoint and the weight; measure a test split with `scripts/evaluate.py`.
-
-`scripts/rerank.py --model DIR` uses the full score. `sentence_transformers.CrossEncoder(DIR)` and others
-load the portable score, the linear classifier distilled from it; it is ours for pairs that no limit cuts
-(query {settings["max_query_tokens"]}, passage {settings["max_passage_tokens"]} tokens).
-"""
+def planned_steps(length: Length, steps_per_epoch: int) -> int:
+    """Optimizer steps of a run: `epochs` of the data, at least `min_steps`, at most `max_steps`."""
+    wanted = round(length.epochs * steps_per_epoch) if length.epochs else length.max_steps or 0
+    wanted = max(1, wanted, length.min_steps)
+    return min(wanted, length.max_steps or wanted)
 
 
 @contextlib.contextmanager
@@ -192,16 +256,6 @@ def finite(step: int, logged: Mapping[str, Any]) -> dict[str, float]:
             "is lost. Lower --train.learning-rate or --train.max-grad-norm, then start --fresh."
         )
     return values
-
-
-def explained(config: RerankerConfig) -> contextlib.AbstractContextManager[None]:
-    """Turn running out of memory into the settings that lower it."""
-    train, data = config.train, config.data
-    return memory_explained(
-        f"raise --train.micro-batches (now {train.micro_batches}), which keeps the "
-        f"result, or lower --train.batch-size ({train.batch_size}), --data.list-size ({data.list_size}), "
-        f"or --data.max-passage-tokens ({data.max_passage_tokens}); or set --model.use-lora"
-    )
 
 
 @contextlib.contextmanager

@@ -37,9 +37,9 @@ from common.prepare import (
 )
 from common.processes import Launch
 from common.report import Table, tables_text, write_report
+from common.reranker_training import verdict
 from common.reranking import load_confidences
 from common.runs import RESULTS_FILE, RunFolder, WatchedRun, environment, environment_line, finished_results
-from common.training import verdict
 
 
 @dataclasses.dataclass(frozen=True)

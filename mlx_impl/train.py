@@ -52,7 +52,7 @@ def rerank(argv: Sequence[str]) -> None:
         return
     world = _world()
     try:
-        if world.leader:
+        if world.processes.first:
             train.main(argv, __doc__)
         else:
             _work(lambda runs: train.main([*argv, "--runs", runs, "--no-evaluate-test"], __doc__))
@@ -125,7 +125,8 @@ def _world() -> Any:
 
 
 def _work(train: Callable[[str], None]) -> None:
-    """Train beside the leader, who alone speaks and keeps the run: what is written here is thrown away."""
+    """Train beside the first process, which alone speaks and keeps the run: what is written here is thrown
+    away."""
     with (
         tempfile.TemporaryDirectory() as runs,
         open(os.devnull, "w") as nowhere,

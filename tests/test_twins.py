@@ -45,9 +45,7 @@ JAX_ONLY = {
     "models/bert.py: product",  # a gradient written for XLA's CPU; in MLX `@`
     "models/modernbert.py: layer_norm(rngs)",  # NNX asks for keys where nothing is drawn
     "models/decoder.py: rms_norm(rngs)",  # the same
-    # in MLX Trainer.world: a process for each Mac, and one device in each
-    "training/loop.py: Trainer.processes",
-    "training/loop.py: Trainer.devices",
+    "training/loop.py: Trainer.devices",  # in MLX Trainer.world: a process for each Mac, one device in each
     "training/step.py: loss_terms(axis)",
     "training/step.py: make_step(devices)",
     "training/step.py: split_batch(devices)",
@@ -78,7 +76,7 @@ MLX_ONLY = {
     "training/language_step.py: make_language_step(state)",
     "training/state.py: Stepped.arrays",
     "training/step.py: make_step(world)",  # in JAX `devices`
-    "training/loop.py: Trainer.world",  # in JAX Trainer.processes and Trainer.devices
+    "training/loop.py: Trainer.world",  # in JAX Trainer.devices
 }
 
 

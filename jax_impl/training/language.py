@@ -118,7 +118,7 @@ class LanguageTrainer(LanguageLoop):
     def _steps_done(self) -> int:
         return int(self.state.step)
 
-    def _one_step(self, batch: LanguageBatch) -> dict[str, jax.Array]:
+    def _one_step(self, step: int, batch: LanguageBatch) -> dict[str, jax.Array]:
         stored: Any = np.zeros((len(batch.reset), 0, 0), np.float32)
         if self._stored is not None:
             stored = self._stored.rows(batch.row_index)

@@ -2,7 +2,7 @@
 
 Every process holds the whole model and plans the same batches. It encodes its share of a micro-batch's rows,
 sees the outputs of all rows, and gradients are summed: terms between queries need nothing of their own.
-Process 0, the leader, evaluates and owns the run's folder. No twin: jax_impl has meshes.
+Process 0 evaluates and owns the run's folder. No twin: jax_impl has meshes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from common.errors import UserError
+from common.processes import Processes
 
 _LEAVING = bytes(32)  # said in place of a hash by a process that will not train
 
@@ -29,7 +30,7 @@ class World:
     def __init__(self) -> None:
         self.group = mx.distributed.init()
         self.rank, self.size = self.group.rank(), self.group.size()
-        self.leader = self.rank == 0
+        self.processes = Processes(self.rank, self.size, self._gather) if self.size > 1 else Processes()
 
     def share(self, rows: int) -> slice:
         """This process's rows of a micro-batch."""
@@ -56,31 +57,29 @@ class World:
             return gradients
         return tree_map(lambda x: x * self.size, nn.average_gradients(gradients, self.group))
 
-    def any(self, flag: bool) -> bool:
-        """Whether a flag is set in any process."""
-        return flag if self.size == 1 else bool(self._sum(mx.array(int(flag))).item())
-
-    def from_leader(self, value: Any) -> Any:
-        """The leader's value, made of what JSON holds."""
+    def from_first(self, value: Any) -> Any:
+        """The first process's value, made of what JSON holds."""
         if self.size == 1:
             return value
-        text = np.frombuffer(json.dumps(value if self.leader else None).encode(), np.uint8)
-        length = int(np.array(self._sum(mx.array(len(text) if self.leader else 0))))
-        sent = mx.array(text.astype(np.int32)) if self.leader else mx.zeros(length, mx.int32)
+        first = self.processes.first
+        text = np.frombuffer(json.dumps(value if first else None).encode(), np.uint8)
+        length = int(np.array(self._sum(mx.array(len(text) if first else 0))))
+        sent = mx.array(text.astype(np.int32)) if first else mx.zeros(length, mx.int32)
         return json.loads(np.array(self._sum(sent)).astype(np.uint8).tobytes())
 
-    def fill_from_leader(self, tree: Any) -> None:
-        """Replace every array of a tree by the leader's, in the container that holds it."""
+    def fill_from_first(self, tree: Any) -> None:
+        """Replace every array of a tree by the first process's, in the container that holds it."""
         if self.size == 1:
             return
+        first = self.processes.first
         for key, value in list(tree.items() if isinstance(tree, dict) else enumerate(tree)):
             if isinstance(value, mx.array):
-                tree[key] = self._sum(value if self.leader else mx.zeros_like(value))
+                tree[key] = self._sum(value if first else mx.zeros_like(value))
             elif isinstance(value, dict | list):
-                self.fill_from_leader(value)
+                self.fill_from_first(value)
 
     def agree(self, what: Any) -> None:
-        """Meet the others, and see that all have the same: UserError, or the end when the leader left."""
+        """Meet the others, and see that all have the same: UserError, or the end when the first one left."""
         if self.size == 1:
             return
         said = self._meet(hashlib.sha256(json.dumps(what, default=str, sort_keys=True).encode()).digest())
@@ -105,6 +104,12 @@ class World:
         own = mx.array(np.frombuffer(digest, np.uint8).astype(np.int32))
         everyone = np.array(mx.distributed.all_gather(own, group=self.group)).astype(np.uint8)
         return [row.tobytes() for row in everyone.reshape(self.size, -1)]
+
+    def _gather(self, row: list[float]) -> list[list[float]]:
+        """float64 as bytes, which no device rounds."""
+        own = mx.array(np.asarray(row, np.float64).view(np.uint8).astype(np.int32))
+        everyone = np.array(mx.distributed.all_gather(own, group=self.group)).astype(np.uint8)
+        return [list(map(float, values)) for values in everyone.reshape(self.size, -1).view(np.float64)]
 
     def _sum(self, value: mx.array) -> mx.array:
         total = mx.distributed.all_sum(value, group=self.group)

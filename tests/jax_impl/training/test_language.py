@@ -50,12 +50,12 @@ def train(config: Any, runs: Path, **how: Any) -> tuple[dict[str, Any], Path, li
 class Interrupted(LanguageTrainer):
     """Gets Ctrl-C in its fifth step."""
 
-    def _one_step(self, batch: LanguageBatch) -> Any:
+    def _one_step(self, step: int, batch: LanguageBatch) -> Any:
         if self._steps_done() == 4:
             import signal
 
             signal.raise_signal(signal.SIGINT)
-        return super()._one_step(batch)
+        return super()._one_step(step, batch)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -101,8 +101,8 @@ def test_a_run_without_progress_stops_early_and_keeps_its_best(corpus: Path, tmp
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_what_to_do(corpus: Path, tmp_path: Path) -> None:
     class Broken(LanguageTrainer):
-        def _one_step(self, batch: LanguageBatch) -> Any:
-            return dict(super()._one_step(batch)) | {"loss": np.float32("nan")}
+        def _one_step(self, step: int, batch: LanguageBatch) -> Any:
+            return dict(super()._one_step(step, batch)) | {"loss": np.float32("nan")}
 
     with pytest.raises(UserError, match=r"step 1: loss is not a finite number.*--train\.learning-rate"):
         train(recipe("decoder", corpus), tmp_path, trainer=Broken)

@@ -21,6 +21,7 @@ import common.checkpoint as checkpoint
 from common.checkpoint import read_config, read_json, read_tensors
 from common.config import RerankerConfig, to_dict
 from common.errors import UserError
+from common.reranker_training import DevResult
 from common.runs import read_metrics
 from jax_impl import loading
 from jax_impl.scoring import load_scorer
@@ -169,7 +170,7 @@ def test_one_collapsed_evaluation_is_forgiven() -> None:
         config, steps = RerankerConfig(), 100
 
     def guard(step: int, spread: float, notes: dict[str, Any]) -> None:
-        result = loop.DevResult(0.5, 0.5, 0.5, 0.0, spread, None)
+        result = DevResult(0.5, 0.5, 0.5, 0.0, spread, None)
         loop.Trainer._guard_collapse(Guard(), step, result, notes)  # type: ignore[arg-type]
 
     notes: dict[str, Any] = {"collapsed": 0}

@@ -24,12 +24,12 @@ from mlx_impl.training.language import LanguageTrainer
 class Interrupted(LanguageTrainer):
     """Gets Ctrl-C in its fifth step."""
 
-    def _one_step(self, batch: LanguageBatch) -> Any:
+    def _one_step(self, step: int, batch: LanguageBatch) -> Any:
         if self._steps_done() == 4:
             import signal
 
             signal.raise_signal(signal.SIGINT)
-        return super()._one_step(batch)
+        return super()._one_step(step, batch)
 
 
 def train(config: Any, runs: Path, trainer: Any = LanguageTrainer) -> tuple[dict[str, Any], Path]:

@@ -6,7 +6,7 @@ import pytest
 
 from common.config import ModelConfig, QuantumConfig, RerankerConfig, TrainConfig
 from common.errors import UserError
-from common.training import SEPARABLE, check_model, verdict
+from common.reranker_training import SEPARABLE, check_model, verdict
 
 
 def test_a_separable_start_is_refused_by_name_for_families_that_lack_it() -> None:
