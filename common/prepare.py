@@ -52,7 +52,7 @@ def load_data(config: DataConfig) -> RankingData:
     """The recipe's ranking data, validated, with mined negatives and its teacher's scores."""
     data = load_ranking_data(config.name, on_bad_row=config.on_bad_row)
     if config.mined is not None:
-        data = joined(data, parse_triples(config.mined)[0], config.mined)
+        data = joined(data, parse_triples(config.mined, config.on_bad_row)[0], config.mined)
     if config.teacher is None:
         return data
     scores = {
