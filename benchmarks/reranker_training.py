@@ -249,7 +249,8 @@ def speed_recipe(options: argparse.Namespace, steps: int) -> RerankerConfig:
 
 
 def speed_options(description: str | None, arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags of a benchmark that times training steps, from its docstring's first line."""
+    """The flags of a benchmark that times training steps, from its docstring's first line. UserError for
+    those out of range."""
     parser = argparse.ArgumentParser(
         description=(description or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -265,6 +266,14 @@ def speed_options(description: str | None, arguments: Sequence[str] | None = Non
     options = parser.parse_args(arguments)
     if options.quick:
         options.steps = options.repetitions = 1
+    least = {"lists": 1, "list_size": 2, "steps": 1, "repetitions": 1}
+    wrong = [
+        f"--{name.replace('_', '-')} is {getattr(options, name)}; allowed: >= {allowed}"
+        for name, allowed in least.items()
+        if getattr(options, name) < allowed
+    ]
+    if wrong:
+        raise UserError("; ".join(wrong))
     return options
 
 

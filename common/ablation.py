@@ -25,7 +25,6 @@ from common.report import Table
 
 Changes = Mapping[str, Mapping[str, Any]]
 OUTCOME = "ablation.json"  # of a run's folder, written last: a run that has it is finished
-KINDS = ("alone", "fused", "portable")
 
 _QUANTUM = {"train": {"objective": "quantum"}}
 _CARTESIAN = {"head": "resonance", "projector": "cartesian"}

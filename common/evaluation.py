@@ -26,7 +26,7 @@ from common.errors import UserError
 from common.metrics.calibration import Confidence
 from common.metrics.ranking import DEFAULT_METRICS, evaluate_run, mean, ranked
 from common.metrics.significance import bootstrap_interval, paired_randomisation, randomisation_draws
-from common.prepare import Prepared, cache_root, candidates
+from common.prepare import Prepared, cache_root, candidates, source_stages
 from common.progress import progress
 from common.report import tables_text
 from common.retrieval.fusion import fuse_runs
@@ -207,11 +207,13 @@ def evaluate_recipe(
 ) -> list[Table]:
     """The recipe's test split: every first stage, then each scorer over the recipe's candidates.
 
-    One table, or one for each part of combined data that has the split.
+    One table, or one for each part of combined data that has the split, over that part's own first stage.
     """
     settings, split = config.evaluation, config.data.test_split
     judged = settings.candidates == "judged"
     tables = []
+    chosen = source_stages(config, prepared)
+    stages = {part.fingerprint: chosen[name] for name, part in prepared.data.parts.items() if name in chosen}
     for data, own in held_out(prepared.data, split, judged):
         longest = max(map(len, data.split(split).values()), default=0)
         tables.append(
@@ -221,7 +223,7 @@ def evaluate_recipe(
                 candidates(data, split, encoder, own, depth=settings.depth),
                 scorers,
                 depth=longest if own else settings.depth,
-                pools=(prepared.first_stage,),
+                pools=(stages.get(data.fingerprint, prepared.first_stage),),
                 cache_dir=cache_root(),
                 metrics=tuple(dict.fromkeys((settings.metric, *DEFAULT_METRICS))),
                 confidences=confidences,

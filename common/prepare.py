@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +52,7 @@ def load_data(config: DataConfig) -> RankingData:
     """The recipe's ranking data, validated, with mined negatives and its teacher's scores."""
     data = load_ranking_data(config.name, on_bad_row=config.on_bad_row)
     if config.mined is not None:
-        data = joined(data, parse_triples(config.mined)[0], config.mined)
+        data = joined(data, parse_triples(config.mined, config.on_bad_row)[0], config.mined)
     if config.teacher is None:
         return data
     scores = {
@@ -197,11 +197,41 @@ def _old_lists(
 
 
 def _first_stage(config: RerankerConfig, data: RankingData, dev: dict[str, Run]) -> str:
-    """The recipe's first stage; for `auto` the one with the best metric on dev."""
+    """The recipe's first stage; for `auto` the one with the best metric on dev, every source counted alike."""
     if config.evaluation.first_stage != "auto":
         return config.evaluation.first_stage
+    return best_stage(list(_stage_metrics(config, data, dev).values()))
+
+
+def best_stage(metrics: Sequence[Mapping[str, float]]) -> str:
+    """The first stage with the largest mean; each mapping holds the metric of every stage."""
+    return max(metrics[0], key=lambda stage: sum(of[stage] for of in metrics))
+
+
+def source_stages(config: RerankerConfig, prepared: Prepared) -> dict[str, str]:
+    """Of combined data: the first stage to rerank of each source that has dev queries; the recipe's own, or
+    for `auto` the one that ranks that source's dev best. Empty for data of one source."""
+    if not prepared.data.parts:
+        return {}
+    if config.evaluation.first_stage != "auto":
+        return dict.fromkeys(prepared.data.parts, config.evaluation.first_stage)
+    metrics = _stage_metrics(config, prepared.data, prepared.dev)
+    return {source: best_stage([of]) for source, of in metrics.items()}
+
+
+def _stage_metrics(
+    config: RerankerConfig, data: RankingData, dev: Mapping[str, Run]
+) -> dict[str, dict[str, float]]:
+    """Source (of combined data, else one) -> first stage -> its metric on that source's dev queries."""
     metric, qrels = config.evaluation.metric, data.split(config.data.dev_split)
-    return max(dev, key=lambda stage: mean(evaluate_run(dev[stage], qrels, (metric,))[metric]))
+    values = {stage: evaluate_run(run, qrels, (metric,))[metric] for stage, run in dev.items()}
+    sources: dict[str, list[str]] = {}
+    for query in qrels:
+        sources.setdefault(source_of(query) if data.parts else "", []).append(query)
+    return {
+        source: {stage: mean({query: of[query] for query in queries}) for stage, of in values.items()}
+        for source, queries in sources.items()
+    }
 
 
 def plan_batches(
@@ -340,13 +370,18 @@ def dev_queries(judged: Qrels, limit: int | None, *, by_part: bool = False) -> l
 
 
 def dev_candidates(config: RerankerConfig, prepared: Prepared) -> tuple[Qrels, Run]:
-    """The dev queries scored during training: their judgements, and their candidates by the first stage."""
+    """The dev queries scored during training: their judgements, and their candidates by the first stage, of
+    combined data by the one of their source."""
     settings, data = config.evaluation, prepared.data
     judged = data.split(config.data.dev_split)
     qrels = {
         query: judged[query] for query in dev_queries(judged, settings.dev_queries, by_part=bool(data.parts))
     }
-    stage = prepared.dev[prepared.first_stage]
+    stages = source_stages(config, prepared)
+    stage = {
+        query: prepared.dev[stages[source_of(query)] if stages else prepared.first_stage].get(query, {})
+        for query in qrels
+    }
     depth = None if settings.candidates == "judged" and not data.parts else settings.dev_depth
     return qrels, {
         query: {passage: stage[query][passage] for passage in ranked(stage[query], depth)}

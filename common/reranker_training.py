@@ -15,6 +15,7 @@ import numpy as np
 
 from common.backends import Scores
 from common.config import RerankerConfig, to_dict
+from common.data.combined import source_of
 from common.data.pipeline import ListBatch, ListPlan
 from common.data.records import Run
 from common.errors import UserError
@@ -59,6 +60,7 @@ class DevSet:
         self.baseline = mean(evaluate_run(self.first, self.qrels, (settings.metric,))[settings.metric])
         pairs = [(query, passage) for query, run in self.first.items() for passage in run]
         data = prepared.data
+        self._source = source_of if data.parts else lambda _: ""
         self._encoded = tokenizer.encode_pairs(
             [data.queries[query] for query, _ in pairs], [data.corpus[passage] for _, passage in pairs]
         )
@@ -82,7 +84,9 @@ class DevSet:
             correct.append(self.qrels[query].get(best, 0) > 0)
             spread.append(float(np.std(values)))
         metric = self.settings.metric
-        omega, table = choose_omega(self.first, run, self.qrels, self.settings.fusion_grid, metric)
+        omega, table = choose_omega(
+            self.first, run, self.qrels, self.settings.fusion_grid, metric, self._source
+        )
         enough = len(correct) >= FEW_DEV_QUERIES and 0 < sum(correct) < len(correct)
         confidence = Confidence.fit(np.asarray(features), np.asarray(correct), length) if enough else None
         alone = mean(evaluate_run(portable, self.qrels, (metric,))[metric])

@@ -23,6 +23,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from common.config import RerankerConfig
+from common.config_language import LanguageRecipe
 from common.errors import UserError, run_command
 from common.expansion_config import GrpoConfig, SftConfig, parse_expansion_command
 
@@ -53,9 +55,10 @@ def rerank(argv: Sequence[str]) -> None:
     world = _world()
     try:
         if world.processes.first:
-            train.main(argv, __doc__)
+            train.main(argv, __doc__, RerankerConfig)
         else:
-            _work(lambda runs: train.main([*argv, "--runs", runs, "--no-evaluate-test"], __doc__))
+            argv = [*argv, "--no-evaluate-test"]
+            _work(lambda runs: train.main([*argv, "--runs", runs], __doc__, RerankerConfig))
     finally:
         world.leave()
 
@@ -67,7 +70,7 @@ def language(argv: Sequence[str]) -> None:
     _refuse_backend(argv)
     if not any(word.partition("=")[0] == "--config" for word in argv):
         argv = ["--config", "configs/infinito_small.py", *argv]
-    train.main([*argv, "--backend", "mlx"], __doc__)
+    train.main([*argv, "--backend", "mlx"], __doc__, LanguageRecipe)
 
 
 def _refuse_backend(argv: Sequence[str]) -> None:

@@ -47,6 +47,8 @@ class Args:
     depth: int | None = None
     """Candidates of a query, the first stage's best (when absent as many as the checkpoint was trained to
     rerank, else 50); the relevant passages come in beside them."""
+    judged: bool = False
+    """Over exactly the judged passages of each query (among several sources where irrelevant ones are)."""
     max_queries: int | None = None
     """Only the first queries by id."""
     hardest: int = 20
@@ -92,13 +94,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     own_stage, own_depth = fitted_over(directory) or ("rrf", 50)
     stage = args.first_stage or ("bm25" if encoder is None else own_stage)
     depth = args.depth or own_depth
+    pool = candidates(data, args.split, encoder, args.judged, depth=depth, cache=cache)[stage]
     analysis = analyse(
         scorer,
         data,
         args.split,
-        candidates(data, args.split, encoder, depth=depth, cache=cache)[stage],
+        pool,
         first_stage=stage,
-        depth=depth,
+        depth=max(map(len, pool.values()), default=1) if args.judged else depth,
         qrels=chosen_qrels(data, args.split, None, args.max_queries),
         confidence=load_confidences([directory], [scorer]).get(scorer.identity),
         metric=args.metric,

@@ -16,14 +16,25 @@ from pathlib import Path
 
 from common.config import RerankerConfig, RunOptions, parse_recipe
 from common.config_language import LanguageRecipe
-from common.errors import run_command
+from common.errors import UserError, run_command
 from common.language_workflow import train_language
 from common.report import tables_text
 from common.workflow import train_recipe
 
 
-def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
+def main(
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
+    only: type[RerankerConfig | LanguageRecipe] | None = None,
+) -> None:
+    """Train what the recipe describes. `only`: the one kind of recipe that a command is about (UserError)."""
     config, options = parse_recipe(description or __doc__ or "", argv, RunOptions)
+    if only is not None and not isinstance(config, only):
+        raise UserError(
+            f"--config: {config.name} is the recipe of a {type(config).__name__}, and this command is for "
+            "another kind: mlx_impl/train.py rerank takes configs/quantum_resonance.py and its like, "
+            "mlx_impl/train.py language configs/infinito_small.py; scripts/train.py takes both."
+        )
     if isinstance(config, LanguageRecipe):
         language(config, options)
         return

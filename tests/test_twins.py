@@ -7,6 +7,7 @@ exception that no longer applies fails as well.
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -87,23 +88,37 @@ def public_names(source: str) -> list[str]:
     `function(name)`, for `__init__` and `__call__` too.
     """
     names: list[str] = []
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef):
+    for node in _statements(ast.parse(source).body):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             names += _function(node, node.name)
         elif isinstance(node, ast.ClassDef):
             names.append(node.name)
-            for member in node.body:
-                if isinstance(member, ast.FunctionDef):
+            for member in _statements(node.body):
+                if isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef):
                     names += _function(member, f"{node.name}.{member.name}")
                 elif isinstance(member, ast.AnnAssign | ast.Assign):
                     names += [f"{node.name}.{name}" for name in _targets(member)]
+                elif isinstance(member, ast.ClassDef):
+                    names.append(f"{node.name}.{member.name}")
         elif isinstance(node, ast.AnnAssign | ast.Assign):
             names += _targets(node)
     return list(dict.fromkeys(name for name in names if _public(name)))
 
 
-def _function(node: ast.FunctionDef, name: str) -> list[str]:
+def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements of a body, those under a condition or a `try` too."""
+    for node in body:
+        if isinstance(node, ast.If | ast.Try):
+            handled = [handler.body for handler in getattr(node, "handlers", [])]
+            for part in (node.body, *handled, node.orelse, getattr(node, "finalbody", [])):
+                yield from _statements(part)
+        else:
+            yield node
+
+
+def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> list[str]:
     arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    arguments += [argument for argument in (node.args.vararg, node.args.kwarg) if argument is not None]
     names = [name, *(f"{name}({argument.arg})" for argument in arguments if argument.arg != "self")]
     if node.name == "__init__":
         owner = name.rpartition(".")[0]
@@ -226,6 +241,10 @@ def loss(scores, mask):
         ("self.query, self.key", "self.key, self.query", "Model.key stands where jax_impl has Model.query"),
         ("self._hidden", "self._other", None),
         ("inner = 1", "other = 2", None),
+        ("def loss(", "async def loss(", None),
+        ("def loss(scores, mask)", "def loss(scores, mask, **more)", "loss(more) is in mlx_impl alone"),
+        ("LIMIT = 3", "try:\n    LIMIT = 3\nexcept OSError:\n    MORE = 4", "MORE is in mlx_impl alone"),
+        ("size: int", "size: int\n    class Inner:\n        pass", "Model.Inner is in mlx_impl alone"),
     ],
 )
 def test_a_difference_is_told(before: str, after: str, told: str | None) -> None:

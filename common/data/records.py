@@ -161,6 +161,8 @@ def read_text(path: str | Path) -> str:
         return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"no file {path}.") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; name a file.") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; convert the file to UTF-8.") from None
     except (OSError, EOFError, zlib.error) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -56,16 +56,26 @@ def choose_omega(
     qrels: Qrels,
     grid: Sequence[float] = EvalConfig.fusion_grid,
     metric: str = "nDCG@10",
+    source: Callable[[str], str] = lambda query: "",
 ) -> tuple[float, dict[float, float]]:
     """The omega of `grid` with the best mean metric on these (dev) queries, and the metric of each.
 
-    Equal values go to the smallest omega. Raises ValueError when the grid lacks 0: a reranker alone must be
-    among the choices.
+    Where queries are of several sources, the omega whose worst source gains most over its first stage: one
+    weight serves them all, and the mean may hide that a search was made worse. Equal values go to the
+    smallest omega. Raises ValueError when the grid lacks 0: a reranker alone must be among the choices.
     """
     if 0.0 not in grid:
         raise ValueError(f"the grid {tuple(grid)} must contain 0")
-    found = {
-        omega: mean(evaluate_run(fuse_runs(first_stage, rerank, omega), qrels, (metric,))[metric])
-        for omega in sorted(grid)
-    }
-    return max(found, key=lambda omega: (found[omega], -omega)), found
+    before = evaluate_run(first_stage, qrels, (metric,))[metric]
+    groups: dict[str, list[str]] = {}
+    for query in before:
+        groups.setdefault(source(query), []).append(query)
+    found, worst = dict[float, float](), dict[float, float]()
+    for omega in sorted(grid):
+        values = evaluate_run(fuse_runs(first_stage, rerank, omega), qrels, (metric,))[metric]
+        found[omega] = mean(values)
+        gains = [
+            mean({query: values[query] - before[query] for query in group}) for group in groups.values()
+        ]
+        worst[omega] = min(gains) if len(gains) > 1 else found[omega]
+    return max(found, key=lambda omega: (worst[omega], -omega)), found

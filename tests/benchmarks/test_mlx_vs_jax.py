@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import mlx_vs_jax
+from benchmarks.reranker_training import speed_options
+from common.errors import UserError
 from tests.tiny import build
 
 
@@ -25,3 +27,8 @@ def test_quick_mode_records_steps_per_second_of_both(tmp_path: Path, monkeypatch
     assert row["ratio"] == pytest.approx(row["ours"] / row["peer"])
     assert stored["workload"]["pairs_per_step"] == 16
     assert 0 < stored["workload"]["tokens_per_step"] <= stored["workload"]["padded_tokens_per_step"]
+
+
+def test_flags_out_of_range_are_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(UserError, match="--list-size is 1; allowed: >= 2; --repetitions is 0; allowed: >= 1"):
+        speed_options("", ["--list-size", "1", "--repetitions", "0", "--data", "./nowhere"])

@@ -116,6 +116,13 @@ def test_mined_negatives_join_their_data_and_no_other(world: World, tmp_path: Pa
         found = load_data(settings)
         assert found.negatives == {query: (other,)} and found.teacher == {query: {other: 0.5}}
         assert found.qrels == data.qrels
+        with mined.open("a") as file:
+            file.write("\nnot a row\n")
+        with pytest.raises(UserError, match=r"(?s)mined\.jsonl:2: not JSON.*--data\.on-bad-row skip"):
+            load_data(settings)
+        assert load_data(replace(settings, on_bad_row="skip")).negatives == found.negatives
+    with pytest.raises(UserError, match="is a folder; name a file"):
+        load_data(replace(world.config().data, mined=str(tmp_path)))
     config = replace(world.config(), data=replace(world.config().data, mined="x", negatives="rrf"))
     with pytest.raises(
         UserError, match=r"data\.negatives is 'rrf'; allowed: 'auto' or 'given' with data\.mi"

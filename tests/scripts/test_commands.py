@@ -292,6 +292,8 @@ def test_a_model_that_is_no_run_s_is_analysed_into_a_named_folder(project: Proje
     with pytest.raises(UserError, match=r"is no run's checkpoint.*name one with --out"):
         run("analyze", *argv)
     run("analyze", *argv, "--out", tmp_path / "there", "--split", "dev")
+    with pytest.raises(UserError, match="none of 7 pairs of 7 queries is a pair that is not relevant"):
+        run("analyze", *argv, "--out", tmp_path / "there", "--judged")
     assert {file.suffix for file in (tmp_path / "there").glob("analysis-dev.*")} == {".json", ".png", ".html"}
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from common.data.combined import source_of
 from common.retrieval.fusion import choose_omega, fuse_runs, fuse_scores, rrf, standardised
 
 
@@ -46,3 +47,20 @@ def test_omega_is_zero_unless_the_first_stage_helps() -> None:
 def test_fused_run_covers_the_reranked_candidates() -> None:
     fused = fuse_runs({"q": {"a": 1.0, "b": 2.0, "c": 0.0}}, {"q": {"a": 0.0, "b": 1.0}}, 1.0)
     assert fused == {"q": {"a": -2.0, "b": 2.0}}
+
+
+def test_of_several_sources_the_weight_serves_the_worst_one() -> None:
+    """The reranker is perfect on nine queries of `a` and reverses the only one of `b`, whose first stage is
+    perfect: the mean is best without the first stage, and b would be worse for it."""
+    good, bad = {"p": 3.0, "q": 2.0, "r": 1.0}, {"p": 1.0, "q": 2.0, "r": 3.0}
+    queries = [*(f"a/{n}" for n in range(9)), "b/0"]
+    first = {query: bad if query.startswith("a") else good for query in queries}
+    rerank = {query: good if query.startswith("a") else bad for query in queries}
+    qrels = {query: {"p": 1} for query in queries}
+    grid = (0.0, 0.5, 1.5, 3.0)
+    assert choose_omega(first, rerank, qrels, grid)[0] == 0.0
+    omega, values = choose_omega(first, rerank, qrels, grid, source=source_of)
+    assert omega == 1.5  # above 1, where b's first stage begins to win; a is then no better, and no worse
+    assert values[omega] < values[0.0]
+    same = {query: good for query in queries}
+    assert choose_omega(first, same, qrels, source=source_of)[0] == 0.0  # nobody loses: alone

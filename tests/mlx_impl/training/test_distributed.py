@@ -134,5 +134,11 @@ def test_unknown_commands_and_backends_are_told(capsys: pytest.CaptureFixture[st
         mac.main(["rernak"])
     with pytest.raises(UserError, match=r"leave out --backend, or use scripts/train\.py"):
         mac.main(["rerank", "--backend", "jax"])
+    for name, other in (
+        ("rerank", "configs/infinito_small.py"),
+        ("language", "configs/quantum_resonance.py"),
+    ):
+        with pytest.raises(UserError, match="this command is for another kind"):
+            mac.main([name, "--config", other])
     mac.main([])
     assert "example: python mlx_impl/train.py rerank --config" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,24 @@ def test_an_interrupted_run_ends_in_the_same_bits(
             ours, expected = tmp_path / "tiny" / folder / file, finished.run / folder / file
             assert ours.read_bytes() == expected.read_bytes(), f"{folder}/{file} differs"
     assert log_of(tmp_path / "tiny") == log_of(finished.run)
+
+
+def test_training_stops_early_and_a_ctrl_c_at_that_moment_is_not_lost(world: World, tmp_path: Path) -> None:
+    config = world.config(max_steps=8, evaluations=8, patience=2, learning_rate=1e-12)
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        if text.startswith("no better dev result in 2 evaluations: stopped early at step 2"):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path, say=say, backend="mlx")
+    assert said[-1].startswith("no better dev result")
+    assert (tmp_path / "tiny" / "final" / "model.safetensors").exists()
+    log = log_of(tmp_path / "tiny")
+    summary = train(config, tmp_path, backend="mlx")  # the same command again: nothing is left to train
+    assert summary["steps"] == 2 and summary["best_step"] == 0 and log_of(tmp_path / "tiny") == log
 
 
 def test_running_out_of_memory_names_the_settings_to_lower(
