@@ -26,6 +26,7 @@ CONFIG_FILE = "config.json"
 TRAINING_FILE = "training.json"
 EXPORT_FILE = "export.json"  # beside ONNX_FILE: what was exported, and how it was verified
 ONNX_FILE = "model.onnx"
+GGUF_FILE = "model.gguf"
 
 Shape = tuple[int, ...]
 
