@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +19,6 @@ from common.checkpoint import GGUF_FILE, read_config
 from common.errors import UserError
 from common.export import Judge
 from common.text import PairTokenizer
-
-_MOST_AT_ONCE = 8  # texts that share a batch
 
 
 class LlamaServer:
@@ -54,9 +51,9 @@ class LlamaServer:
         parameters.model.path = str(self.directory / GGUF_FILE)
         parameters.embedding, parameters.warmup, parameters.verbosity = True, False, 0
         parameters.pooling_type = pooling.LLAMA_POOLING_TYPE_RANK if rank else pooling.LLAMA_POOLING_TYPE_MEAN
-        parameters.n_parallel = _MOST_AT_ONCE
-        parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = longest * _MOST_AT_ONCE
-        parameters.cpuparams.n_threads = len(os.sched_getaffinity(0))
+        parameters.n_parallel = 1
+        parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = longest
+        parameters.cpuparams.n_threads = 1  # more wait for each other spinning, on a busy machine for ages
         parameters.n_gpu_layers = 0
         try:
             self._server: Any = xllamacpp.Server(parameters)
