@@ -162,8 +162,8 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--data", default="pydocs", help="ranking data, as --data.name")
     parser.add_argument("--encoder", default="default", help="a bi-encoder: directory or name")
-    parser.add_argument("--base", type=int, default=5_000, help="real embeddings that are multiplied")
-    parser.add_argument("--queries", type=int, default=200)
+    parser.add_argument("--base", type=int, default=2_000, help="real embeddings that are multiplied")
+    parser.add_argument("--queries", type=int, default=100)
     parser.add_argument("--results", default=str(ROOT / "benchmarks" / "results"), help="where the JSON goes")
     options = parser.parse_args(arguments)
     if min(*options.sizes, options.base, options.queries) < 1:
