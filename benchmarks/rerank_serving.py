@@ -5,7 +5,8 @@ same queries, each side in a process of its own with the same cores. Texts are c
 and only real tokens count. Ours is the full export (the head is computed too), fp32 and INT8. The peer is
 `CrossEncoder.predict` on torch in float32 and bfloat16, and over onnxruntime with what torch.onnx exports,
 fp32 and INT8 (quantize_dynamic, per channel). That is what its ONNX backend runs; the package that this
-backend needs, optimum-onnx, does not install beside transformers 5.
+backend needs, optimum-onnx, does not install beside transformers 5. The last peer is FlashRank's runtime,
+given the same two files.
     python benchmarks/rerank_serving.py --model runs/x/best            # SciFact, about 15 minutes on 2 cores
     python benchmarks/rerank_serving.py --model runs/x/best --quick    # does it run?
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,13 +38,19 @@ from common.text import PairTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS: tuple[Precision, ...] = ("fp32", "int8")
-PEERS = ("torch fp32", "torch bf16", "onnx fp32", "onnx int8")
-NAMES = {"torch": "sentence-transformers on torch", "onnx": "sentence-transformers over onnxruntime"}
+PEERS = ("torch fp32", "torch bf16", "onnx fp32", "onnx int8", "flashrank fp32", "flashrank int8")
+NAMES = {
+    "torch": "sentence-transformers on torch",
+    "onnx": "sentence-transformers over onnxruntime",
+    "flashrank": "FlashRank",
+}
 # what, ours, the peer's
 ROWS = (
     ("fp32", "fp32", "torch fp32"),
     ("fp32", "fp32", "onnx fp32"),
+    ("fp32", "fp32", "flashrank fp32"),
     ("INT8", "int8", "onnx int8"),
+    ("INT8", "int8", "flashrank int8"),
     ("INT8 beside bf16", "int8", "torch bf16"),
 )
 Asked = list[tuple[str, list[str]]]  # queries with their passages
@@ -110,7 +118,12 @@ def exported(directory: Path, place: Path, precision: Precision) -> Scorer:
     """The export in a folder of its own, as scripts/export.py writes it, loaded."""
     from jax_impl.export.onnx import export_cross_encoder
 
-    made: Exported = export_cross_encoder(directory, precision)
+    write_exported(place, export_cross_encoder(directory, precision))
+    return load_scorer(place, say=lambda _: None)
+
+
+def write_exported(place: Path, made: Exported) -> None:
+    """An export as it was made, not verified."""
 
     def fill(folder: Path) -> None:
         (folder / ONNX_FILE).write_bytes(made.model)
@@ -118,7 +131,6 @@ def exported(directory: Path, place: Path, precision: Precision) -> Scorer:
         made.tokenizer_save(folder)
 
     write_directory(place, fill)
-    return load_scorer(place, say=lambda _: None)
 
 
 def measure(
@@ -194,24 +206,26 @@ def serve_peer(connection: Connection, directory: str, folder: str) -> None:
     import torch
     from sentence_transformers import CrossEncoder
 
-    models = {
-        "torch fp32": CrossEncoder(directory, device="cpu", model_kwargs={"dtype": torch.float32}),
-        "torch bf16": CrossEncoder(directory, device="cpu", model_kwargs={"dtype": torch.bfloat16}),
-    }
-    for kind, path in zip(PEERS[2:], peer_exports(directory, Path(folder)), strict=True):
-        models[kind] = over_onnxruntime(directory, path)
-
     def scoring(model: CrossEncoder) -> Callable[[str, list[str]], np.ndarray]:
         return lambda query, passages: model.predict(
             [(query, passage) for passage in passages], show_progress_bar=False
         )
+
+    types = {"torch fp32": torch.float32, "torch bf16": torch.bfloat16}
+    models = {
+        kind: scoring(CrossEncoder(directory, device="cpu", model_kwargs={"dtype": dtype}))
+        for kind, dtype in types.items()
+    }
+    for precision, path in zip(OURS, peer_exports(directory, Path(folder)), strict=True):
+        models[f"onnx {precision}"] = scoring(over_onnxruntime(directory, path))
+        models[f"flashrank {precision}"] = over_flashrank(directory, path)
 
     while True:
         try:
             kind, asked = connection.recv()
         except EOFError:
             return
-        connection.send(timed(scoring(models[kind]), asked))
+        connection.send(timed(models[kind], asked))
 
 
 def peer_exports(directory: str, folder: Path) -> tuple[Path, Path]:
@@ -263,6 +277,30 @@ def over_onnxruntime(directory: str, path: Path) -> Any:
     model = CrossEncoder(directory, device="cpu")
     model.model.forward = forward
     return model
+
+
+def over_flashrank(directory: str, path: Path) -> Callable[[str, list[str]], np.ndarray]:
+    """FlashRank's Ranker over an ONNX file, under the name of a model that it knows; its scores as logits."""
+    from flashrank import Ranker, RerankRequest
+
+    name = "ms-marco-MiniLM-L-12-v2"
+    place = path.parent / f"flashrank-{path.stem}" / name
+    place.mkdir(parents=True)
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(Path(directory) / file, place / file)
+    (place / "special_tokens_map.json").write_text("{}")  # tokenizer.json has them
+    shutil.copyfile(path, place / "flashrank-MiniLM-L-12-v2_Q.onnx")
+    ranker = Ranker(name, str(place.parent), log_level="WARNING")
+
+    def score(query: str, passages: list[str]) -> np.ndarray:
+        given = [{"id": number, "text": text} for number, text in enumerate(passages)]
+        answer = ranker.rerank(RerankRequest(query=query, passages=given))
+        probability = np.zeros(len(passages))
+        for item in answer:
+            probability[item["id"]] = item["score"]
+        return np.log(probability) - np.log1p(-probability)
+
+    return score
 
 
 def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -16,6 +16,7 @@ from common.backends import Encoder, Scorer
 from common.checkpoint import (
     CONFIG_FILE,
     EXPORT_FILE,
+    GGUF_FILE,
     ONNX_FILE,
     to_json,
     write_directory,
@@ -26,8 +27,10 @@ from common.metrics.ranking import evaluate_run, mean, ranked
 from common.progress import progress
 from common.report import Table
 
+Format = Literal["onnx", "gguf"]
 Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+MODEL_FILES: dict[Format, str] = {"onnx": ONNX_FILE, "gguf": GGUF_FILE}
 METRIC = "nDCG@10"
 Judge = Callable[[str, Sequence[str]], NDArray[np.float32]]  # a query and L passages -> scores [L]
 
@@ -38,9 +41,10 @@ class Exported:
     relative error |W - W'|/|W| of each matrix that was quantized."""
 
     model: bytes
-    config: dict[str, Any]
+    config: dict[str, Any]  # what was exported stands under the format's name
     tokenizer_save: Callable[[Path], None]
     errors: dict[str, float]
+    format: Format = "onnx"
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def write_export(
     found: list[Verification] = []
 
     def fill(folder: Path) -> None:
-        (folder / ONNX_FILE).write_bytes(exported.model)
+        (folder / MODEL_FILES[exported.format]).write_bytes(exported.model)
         (folder / CONFIG_FILE).write_bytes(to_json(exported.config))
         exported.tokenizer_save(folder)
         found.append(verify(folder))
@@ -97,7 +101,11 @@ def write_export(
                 f"(allowed: {max_loss:.2%}). Choose another --precision, more --queries to measure it by, or "
                 "--force it."
             )
-        report = {**exported.config["onnx"], "verification": found[0].json(), "forced": lost > max_loss}
+        report = {
+            **exported.config[exported.format],
+            "verification": found[0].json(),
+            "forced": lost > max_loss,
+        }
         report["quantization_error"] = exported.errors
         (folder / EXPORT_FILE).write_bytes(to_json(report))
 
@@ -166,11 +174,11 @@ def compare(source: Measured, export: Measured) -> Verification:
 
 def weights_size(directory: Path) -> int:
     """Bytes of the weights in a directory."""
-    shards = {*directory.glob("*.safetensors")} if not (directory / ONNX_FILE).exists() else set()
-    return sum(file.stat().st_size for file in {*shards, *directory.glob("*.onnx")})
+    exported = [directory / name for name in MODEL_FILES.values() if (directory / name).exists()]
+    return sum(file.stat().st_size for file in exported or directory.glob("*.safetensors"))
 
 
-def export_table(name: str, found: Mapping[str, Verification]) -> Table:
+def export_table(name: str, found: Mapping[str, Verification], form: Format = "onnx") -> Table:
     """The exports of one model, a row each below their source."""
     columns = ["model", "MB", "nDCG@10", "loss %", "|Δ score| max", "mean", "p50 ms", "p95", "p99", "pairs/s"]
 
@@ -184,7 +192,7 @@ def export_table(name: str, found: Mapping[str, Verification]) -> Table:
 
     first = next(iter(found.values()))
     rows = [row(f"{name} (source)", first.source, None)]
-    rows += [row(f"onnx {precision}", own.export, own) for precision, own in found.items()]
+    rows += [row(f"{form} {precision}", own.export, own) for precision, own in found.items()]
     note = (
         f"{first.queries} queries, {first.pairs} pairs; times: a query with its candidates, texts to "
         "scores, the second time that they are scored; loss: part of the source's nDCG@10"

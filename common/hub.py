@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from common.checkpoint import CONFIG_FILE, MODEL_FILE, ONNX_FILE, surviving
+from common.checkpoint import CONFIG_FILE, GGUF_FILE, MODEL_FILE, ONNX_FILE, surviving
 from common.errors import UserError, listed
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -115,6 +115,11 @@ def _check_directory(directory: Path) -> None:
         raise UserError(f"{directory}: not a checkpoint directory, it has no {CONFIG_FILE}.")
     if any((directory / name).exists() for name in (MODEL_FILE, f"{MODEL_FILE}.index.json", ONNX_FILE)):
         return
+    if (directory / GGUF_FILE).exists():
+        raise UserError(
+            f"{directory}: a GGUF export, which llama.cpp reads: llama-server -m {directory / GGUF_FILE} "
+            "--reranking (or --embedding). Name its source here, or export that as ONNX."
+        )
     if any(directory.glob("pytorch_model*.bin")):
         raise UserError(
             f"{directory}: the weights exist only as a pickle (pytorch_model.bin), which is not loaded. "

@@ -25,6 +25,7 @@ class Table(TypedDict, total=False):
 
 
 Series = tuple[list[int], list[float]]  # steps, values
+Curve = tuple[Sequence[float], Sequence[float]]
 
 _RANKING = re.compile(r"@|^(AP|RR|MAP|MRR)\b")
 # A panel's title, the kind of line it is drawn from, and which quantities; the first that matches takes it.
@@ -152,6 +153,14 @@ def page(title: str, body: str) -> str:
     )
 
 
+def line_chart(title: str, curves: Mapping[str, Sequence[tuple[float, float]]], below: str = "step") -> str:
+    """A chart of named curves, each (x, y) by rising x, as a part of a page; `below` names the x axis."""
+    unzipped: dict[str, Curve] = {
+        name: ([x for x, _ in curve], [y for _, y in curve]) for name, curve in curves.items()
+    }
+    return _figure(title, unzipped, below)
+
+
 def _lead(run: Mapping[str, Any]) -> str:
     """One line: base, data, when, where and from which commit."""
     config, here = run["config"], run["environments"][-1]
@@ -271,7 +280,7 @@ def _panels(metrics: Sequence[Metrics]) -> list[str]:
     return figures
 
 
-def _figure(title: str, curves: Mapping[str, Series]) -> str:
+def _figure(title: str, curves: Mapping[str, Curve], below: str = "step") -> str:
     """A chart as inline SVG, with its numbers' text kept as text."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -281,14 +290,14 @@ def _figure(title: str, curves: Mapping[str, Series]) -> str:
         axes = figure.add_subplot()
         for colour, (name, (steps, values)) in zip(_COLOURS * len(curves), curves.items(), strict=False):
             _draw(axes, name, steps, values, colour)
-        _dress(axes, title, legend=len(curves) > 1)
+        _dress(axes, title, below, legend=len(curves) > 1)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     return f"<figure>{svg[svg.index('<svg') :]}</figure>"
 
 
-def _draw(axes: Any, name: str, steps: list[int], values: list[float], colour: str) -> None:
+def _draw(axes: Any, name: str, steps: Sequence[float], values: Sequence[float], colour: str) -> None:
     """A line; a noisy one is drawn faint, with its running mean over it."""
     way = sum(abs(b - a) for a, b in pairwise(values))
     if len(values) < 40 or way < 4 * (max(values) - min(values)):  # few points, or a schedule
@@ -309,9 +318,9 @@ def _smoothed(values: Sequence[float], share: float = 0.05) -> list[float]:
     return smoothed
 
 
-def _dress(axes: Any, title: str, *, legend: bool) -> None:
+def _dress(axes: Any, title: str, below: str, *, legend: bool) -> None:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=_INK)
-    axes.set_xlabel("step", color=_INK, fontsize=9)
+    axes.set_xlabel(below, color=_INK, fontsize=9)
     axes.tick_params(colors=_INK, labelsize=9, length=0)
     axes.grid(axis="y", color=_INK, alpha=0.2, linewidth=0.7)
     axes.margins(x=0.02, y=0.12)

@@ -104,6 +104,12 @@ class PairTokenizer:
         )
 
     @property
+    def described(self) -> dict[str, Any]:
+        """The tokenizer as a tokenizer.json holds it."""
+        found: dict[str, Any] = json.loads(self._tokenizer.to_str())
+        return found
+
+    @property
     def truncated(self) -> str:
         """`truncation` in words."""
         return (
@@ -147,6 +153,14 @@ class PairTokenizer:
             raise ValueError(f"max_tokens={max_tokens} leaves no room for text beside the special tokens")
         encoded, _ = self._encode(texts, room, before, after)
         return [Encoded(ids, np.full(len(ids), QUERY, np.int8)) for ids in encoded]
+
+    def cut(self, texts: Sequence[str], max_tokens: int) -> list[str]:
+        """The texts as far as their first `max_tokens` tokens reach, special ones not counted."""
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            text if len(encoding.ids) <= max_tokens else text[: encoding.offsets[max_tokens - 1][1]]
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
 
     def pad(self, encodeds: Sequence[Encoded], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Pad to (ids int32 [N, length], sides int8 [N, length]); ValueError when one is longer."""

@@ -1,9 +1,11 @@
-"""Export a reranker or a sentence encoder to ONNX, verified beside its source on real pairs.
+"""Export a reranker or a sentence encoder to ONNX or GGUF, verified beside its source on real pairs.
 
 example: python scripts/export.py runs/quantum_resonance/best --out exports/mine --precision fp32 int8
+         python scripts/export.py runs/quantum_resonance/best --out exports/llama --format gguf
 
-Each precision has its own folder, OUT/fp32 and so on, which every command takes as a model (`--backend
-onnx`).
+Each precision has its own folder, OUT/fp32 and so on. One of ONNX is a model for every command (`--backend
+onnx`). GGUF (F32, F16, Q8_0) holds the portable score for `llama-server --reranking`, or a sentence encoder
+for `--embedding`; it is verified in llama.cpp's own server.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from common.errors import UserError, run_command
 from common.evaluation import chosen_qrels
 from common.export import (
     Exported,
+    Format,
     Judge,
     Measured,
     Precision,
@@ -37,6 +40,7 @@ from common.export import (
     write_export,
 )
 from common.hub import resolve_model
+from common.llama_server import LlamaServer, of_llama_server
 from common.report import tables_text
 from common.retrieval.lexical import bm25_run
 
@@ -47,10 +51,12 @@ class Args:
     """A checkpoint directory, or the name of a base model."""
     out: Path
     """The folder of the exports."""
+    format: Format = "onnx"
     kind: Literal["cross-encoder", "bi-encoder"] = "cross-encoder"
     """What the model is exported as."""
-    score: Literal["full", "portable"] = "full"
-    """Of a cross-encoder; `portable` has the inputs and outputs of transformers' own exports."""
+    score: Literal["full", "portable"] | None = None
+    """Of a cross-encoder: full (ONNX's default), or portable, with the inputs and outputs of transformers'
+    own exports and the only one that GGUF has."""
     precision: tuple[Precision, ...] = ("fp32", "int8")
     """fp16 halves the file and computes in float32; int8 quantizes matrices and embeddings, a scale a
     channel."""
@@ -78,9 +84,18 @@ class Args:
             raise UserError(f"--max-loss is {self.max_loss}; allowed: percent, 0 to 100")
         if not self.precision:
             raise UserError("--precision needs at least one of fp32, fp16, int8")
-        if self.kind == "bi-encoder" and self.score != "full":
-            raise UserError("--score portable is of a cross-encoder: leave out --kind bi-encoder")
+        if self.kind == "bi-encoder" and self.score is not None:
+            raise UserError("--score is of a cross-encoder: leave out --kind bi-encoder")
+        if self.format == "gguf" and (self.score == "full" or self.reduce_range):
+            raise UserError(
+                "GGUF holds the portable score, in llama.cpp's types: no --score full, no --reduce-range"
+            )
         return self
+
+    @property
+    def portable(self) -> bool:
+        """Whether the score is the portable one."""
+        return self.format == "gguf" or self.score == "portable"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -101,17 +116,26 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         found[precision] = write_export(place, exported, verify, args.max_loss / 100, args.force)
         say(f"written: {place}")
-    print(tables_text([export_table(args.model, found)]), end="")
+    print(tables_text([export_table(args.model, found, args.format)]), end="")
 
 
 def exporter(args: Args, directory: Path) -> functools.partial[Exported]:
     """What makes the export of a precision."""
+    if args.format == "gguf":
+        from common import gguf_export as gguf
+
+        return functools.partial(
+            gguf.export_bi_encoder if args.kind == "bi-encoder" else gguf.export_cross_encoder, directory
+        )
     from jax_impl.export import onnx
 
     if args.kind == "bi-encoder":
         return functools.partial(onnx.export_bi_encoder, directory, reduce_range=args.reduce_range)
     return functools.partial(
-        onnx.export_cross_encoder, directory, score=args.score, reduce_range=args.reduce_range
+        onnx.export_cross_encoder,
+        directory,
+        score="portable" if args.portable else "full",
+        reduce_range=args.reduce_range,
     )
 
 
@@ -132,11 +156,19 @@ def loaded(args: Args, directory: Path) -> Judge:
     """What scores pairs with the model in a directory, exported or not."""
     if args.kind == "bi-encoder":
         return of_encoder(load_encoder(directory, say=lambda _: None))
-    return of_scorer(load_scorer(directory, say=lambda _: None), args.score == "portable")
+    return of_scorer(load_scorer(directory, say=lambda _: None), args.portable)
 
 
 def measured(args: Args, folder: Path, data: RankingData, stage: Run, qrels: Qrels) -> Measured:
     """The export that was just written, read back."""
+    if args.format == "gguf":
+        server = LlamaServer(folder, args.kind)
+        found = measure(of_llama_server(server, args.kind), folder, data, stage, qrels)
+        for text, how in list(server.apart.items())[:3]:
+            print(f"note: {text[:60]!r}: {how}", file=sys.stderr)
+        if server.apart:
+            print(f"note: llama.cpp reads {len(server.apart)} texts as other tokens", file=sys.stderr)
+        return found
     return measure(loaded(args, folder), folder, data, stage, qrels)
 
 

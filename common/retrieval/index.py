@@ -13,6 +13,7 @@ index, BM25) is named by what it was made of and ignored when that is not of now
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -21,7 +22,7 @@ import shutil
 import sqlite3
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -621,6 +622,33 @@ class PassageIndex:
             "What was committed before is kept. Free some space or mend the folder, then index again: it "
             "goes on there."
         )
+
+
+def passage_texts(directory: str | Path, ids: Iterable[str]) -> dict[str, str]:
+    """Passage id -> title and text, of an index that needs no encoder to be read; ids it lacks are left out.
+
+    Raises UserError when there is no index.
+    """
+    file = Path(directory) / "index.sqlite"
+    if not file.exists():
+        raise UserError(f"{directory}: no index, there is no {file.name}; name the folder of one (--index).")
+    query = (
+        "select title, text from passages join documents on documents.id = document "
+        "where document = ? and chunk = ? and (chunks = 1) = ?"
+    )
+    found: dict[str, str] = {}
+    try:
+        with contextlib.closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as sql:
+            for name in dict.fromkeys(ids):
+                document, _, number = name.rpartition("#")
+                row = sql.execute(query, (name, 0, 1)).fetchone()
+                if row is None and document and number.isdecimal():
+                    row = sql.execute(query, (document, int(number) - 1, 0)).fetchone()
+                if row is not None:
+                    found[name] = _read(*row)
+    except sqlite3.Error as error:
+        raise UserError(f"{file}: cannot be read ({error}). Bring it back from a copy.") from error
+    return found
 
 
 def embed_one(encoder: Encoder, text: str, kind: Any = "query") -> NDArray[np.float32]:

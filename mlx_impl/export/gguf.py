@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from common.checkpoint import CONFIG_FILE, read_config, read_json
+from common.checkpoint import CONFIG_FILE, read_config, read_json, sync
 from common.errors import UserError, listed
+from common.gguf_export import FILE_TYPES, announce, encoded, kind_of, relative_error
 
 WRITTEN = ("F32", "F16", "BF16", "Q8_0", "Q4_0")  # types that the gguf package writes
 # llama_ftype of what an installed llama.cpp makes
@@ -78,15 +79,15 @@ def write_gguf(directory: Path, file: Path, kind: str, *, name: str, metadata: M
         _add_tokenizer(writer, tokens)
         kinds = {}
         for key, shape in _shapes(directory, config):
-            kinds[key] = _kind(kind, shape)
-            _announce(writer, gguf_name(key), shape, kinds[key])
+            kinds[key] = kind_of(kind, shape)
+            announce(writer, gguf_name(key), shape, kinds[key])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for key, value in _tensors(directory, kinds):
-            writer.write_tensor_data(_encoded(value, kinds[key]))
+            writer.write_tensor_data(encoded(value, kinds[key]))
         writer.close()
-        _sync(unfinished)
+        sync(unfinished)
         unfinished.replace(file)
     except OSError as error:
         raise _cannot_write(file, error) from error
@@ -106,7 +107,7 @@ def verify_gguf(file: Path, directory: Path, kind: str) -> dict[str, float]:
     reader = gguf.GGUFReader(file)
     found = {tensor.name: tensor for tensor in reader.tensors}
     config = _checked_config(directory)
-    kinds = {key: _kind(kind, shape) for key, shape in _shapes(directory, config)}
+    kinds = {key: kind_of(kind, shape) for key, shape in _shapes(directory, config)}
     names = {gguf_name(key) for key in kinds}
     problems = [f"{name}: missing" for name in sorted(names - found.keys())]
     problems += [f"{name}: unexpected" for name in sorted(found.keys() - names)]
@@ -118,11 +119,11 @@ def verify_gguf(file: Path, directory: Path, kind: str) -> dict[str, float]:
             problems.append(f"{tensor.name}: {list(shape)}, expected {list(value.shape)}")
             continue
         read = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-        errors[tensor.name] = _relative_error(read, value)
+        errors[tensor.name] = relative_error(read, value)
         if kind in K_QUANTS:
             if not errors[tensor.name] <= K_QUANT_ERROR[kind]:
                 problems.append(f"{tensor.name}: relative error {errors[tensor.name]:.3g}")
-        elif _encoded(value, kinds[key]).tobytes() != tensor.data.tobytes():
+        elif encoded(value, kinds[key]).tobytes() != tensor.data.tobytes():
             problems.append(f"{tensor.name}: differs from the checkpoint")
     template = read_vocabulary(directory, config["vocab_size"]).template
     written = reader.get_field("tokenizer.chat_template")
@@ -244,16 +245,7 @@ def _describe(
     for key, value in metadata.items():
         writer.add_string(f"general.{key}", value)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    files = gguf.LlamaFileType
-    writer.add_file_type(
-        {
-            "F32": files.ALL_F32,
-            "F16": files.MOSTLY_F16,
-            "BF16": files.MOSTLY_BF16,
-            "Q8_0": files.MOSTLY_Q8_0,
-            "Q4_0": files.MOSTLY_Q4_0,
-        }[kind]
-    )
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kind]])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -287,34 +279,6 @@ def _add_tokenizer(writer: Any, tokens: Vocabulary) -> None:
     writer.add_chat_template(tokens.template)
 
 
-def _kind(kind: str, shape: Sequence[int]) -> str:
-    """The type of a tensor in a file of type `kind`."""
-    if len(shape) == 1:
-        return "F32"
-    return "F16" if kind in ("Q8_0", "Q4_0") and shape[-1] % 32 else kind
-
-
-def _announce(writer: Any, name: str, shape: Sequence[int], kind: str) -> None:
-    import gguf
-
-    type_ = gguf.GGMLQuantizationType[kind]
-    plain = {"F32": np.float32, "F16": np.float16}
-    if kind in plain:
-        size = int(np.prod(shape)) * np.dtype(plain[kind]).itemsize
-        writer.add_tensor_info(name, shape, np.dtype(plain[kind]), size)
-        return
-    encoded = gguf.quant_shape_to_byte_shape(shape, type_)
-    writer.add_tensor_info(name, encoded, np.dtype(np.uint8), int(np.prod(encoded)), raw_dtype=type_)
-
-
-def _encoded(value: np.ndarray, kind: str) -> np.ndarray:
-    import gguf
-
-    if kind in ("F32", "F16"):
-        return value.astype(np.float32 if kind == "F32" else np.float16)
-    return gguf.quants.quantize(value, gguf.GGMLQuantizationType[kind])
-
-
 def _shapes(directory: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every tensor of the checkpoint in file order; a head that repeats tied embeddings is left out."""
     for key, part in _slices(directory):
@@ -345,11 +309,6 @@ def _slices(directory: Path) -> Iterator[tuple[str, Any]]:
             raise UserError(
                 f"{directory / name}: cannot be read ({error}). Write or copy it again."
             ) from None
-
-
-def _relative_error(read: np.ndarray, value: np.ndarray) -> float:
-    scale = float(np.sqrt(np.mean(np.square(value), dtype=np.float64)))
-    return float(np.sqrt(np.mean(np.square(read - value), dtype=np.float64))) / max(scale, 1e-12)
 
 
 def _text(token: Any) -> str:
@@ -429,14 +388,6 @@ def call_library(library: str, source: str, target: str, ftype: int) -> None:
     code = llama.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(parameters))
     if code:
         raise RuntimeError(f"llama_model_quantize returned {code}")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cannot_write(file: Path, error: OSError) -> UserError:

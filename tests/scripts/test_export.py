@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
+from tests.rerankers import reranker
 from tests.tiny import World, write_base
 
 ROOT = Path(__file__).parents[2]
@@ -80,11 +81,36 @@ def test_a_sentence_encoder_and_a_portable_score_are_exported_too(world: World, 
     assert "onnx fp16" in run("export", world.base, "--out", tmp_path / "p", "--score", "portable", *flags)
 
 
+@pytest.mark.slow
+def test_gguf_is_verified_in_llama_cpp_and_a_bad_one_refused(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for library in ("gguf", "xllamacpp"):
+        pytest.importorskip(library, reason="needs the extra gguf")
+    trained, out = reranker(tmp_path, 5), tmp_path / "llama"
+    flags = ["--format", "gguf", "--data", world.data, "--split", "train", "--queries", 6, "--depth", 5]
+    said = run("export", trained, "--out", out, *flags, "--precision", "fp32", "--max-loss", 20)
+    assert "gguf fp32" in said and "6 queries, 30 pairs" in said
+    report = json.loads((out / "fp32" / "export.json").read_text())
+    assert report["score"] == "portable" and report["verification"]["difference"]["largest"] < 5e-3
+    with pytest.raises(UserError, match=r"a GGUF export, which llama.cpp reads: .*model.gguf"):
+        run("evaluate", out / "fp32", "--data", world.data, "--encoder", world.base)
+
+    from common.llama_server import LlamaServer
+
+    real = LlamaServer.rerank
+    monkeypatch.setattr(LlamaServer, "rerank", lambda *given: -real(*given))
+    with pytest.raises(UserError, match=r"not written, this export ranks worse than its source"):
+        run("export", trained, "--out", out, *flags, "--precision", "fp16", "--max-loss", 5)
+    assert not (out / "fp16").exists()
+
+
 def test_what_cannot_be_exported_is_refused_before_anything_is_measured(world: World, tmp_path: Path) -> None:
     for more, message in (
         (["--queries", 0], "--queries is 0; allowed: >= 1"),
         (["--max-loss", -1], "--max-loss is -1"),
-        (["--kind", "bi-encoder", "--score", "portable"], "portable is of a cross-encoder"),
+        (["--kind", "bi-encoder", "--score", "portable"], "--score is of a cross-encoder"),
+        (["--format", "gguf", "--score", "full"], "GGUF holds the portable score"),
     ):
         with pytest.raises(UserError, match=message):
             run("export", world.base, "--out", tmp_path / "out", *more)
