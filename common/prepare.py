@@ -197,7 +197,7 @@ def _old_lists(
 
 
 def _first_stage(config: RerankerConfig, data: RankingData, dev: dict[str, Run]) -> str:
-    """The recipe's first stage; for `auto` the one with the best metric on dev, every source counted alike."""
+    """The recipe's first stage; for `auto` the one that ranks dev best, every source counted alike."""
     if config.evaluation.first_stage != "auto":
         return config.evaluation.first_stage
     return best_stage(list(_stage_metrics(config, data, dev).values()))

@@ -74,8 +74,6 @@ def choose_omega(
     for omega in sorted(grid):
         values = evaluate_run(fuse_runs(first_stage, rerank, omega), qrels, (metric,))[metric]
         found[omega] = mean(values)
-        gains = [
-            mean({query: values[query] - before[query] for query in group}) for group in groups.values()
-        ]
+        gains = [mean({query: values[query] - before[query] for query in group}) for group in groups.values()]
         worst[omega] = min(gains) if len(gains) > 1 else found[omega]
     return max(found, key=lambda omega: (worst[omega], -omega)), found
