@@ -110,8 +110,8 @@ def mine(
             lost["queries without a fitting negative"] += 1
             continue
         values = teacher[query] if teacher is not None else {**scores, **own}
-        scored = ({passage: values[passage] for passage in passages} for passages in (relevant, kept))
-        found.append(Mined(query, *scored, {passage: grades[passage] for passage in relevant}))
+        positive, negative = ({p: values[p] for p in passages} for passages in (relevant, kept))
+        found.append(Mined(query, positive, negative, {p: grades[p] for p in relevant}))
     return found, dict(lost)
 
 
