@@ -99,3 +99,15 @@ def test_rag_with_a_reranker_shows_what_moved_and_falls_back(
     assert context.results.reranked and len(context.sources) == 3
     assert "1. (was " in said and "fallback: reranker past its deadline" in said
     assert "fallbacks: {'reranker past its deadline': 1}" in said
+
+
+@pytest.mark.slow
+def test_the_production_loop_watches_and_promotes(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = example("production_loop", world, model=str(world.base), folder=tmp_path)
+    (window,) = report.windows
+    assert window.searches == 5 and report.verdict.verdict == "too few"
+    assert window.latency["total"]["p50"] >= window.latency["rerank"]["p50"] > 0
+    said = capsys.readouterr().out
+    assert " hard cases; current: " in said and said.strip().endswith("ranker/1/ranker-1")
