@@ -93,6 +93,8 @@ class SftTrainingConfig(TrainingConfig):
     """Tokens of prompt and target; a longer row is an error."""
     length_buckets: bool = True
     """Batch rows of like length."""
+    packing: bool = False
+    """Put several rows into one sequence of max_length tokens; none sees another."""
     loss_on: Literal["completion", "all"] = "completion"
     """Which tokens learn; the original: all."""
 
