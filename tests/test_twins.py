@@ -26,6 +26,7 @@ MLX_ONLY_FILES = {
     # SFT and GRPO of Qwen3, on mlx-lm's: JAX has no language model yet
     "expansion.py",
     "export/gguf.py",
+    "export/runtime.py",
     "models/qwen.py",
     "training/adapters.py",
     "training/generation.py",

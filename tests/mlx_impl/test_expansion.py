@@ -107,7 +107,7 @@ def test_grpo_starts_at_the_sft_model(trained: Trained) -> None:
 def test_a_trained_model_is_its_fused_checkpoint(trained: Trained, tmp_path: Path) -> None:
     """convert.py's hf/ gives the logits of base + SFT + GRPO, and eval.py judges both alike."""
     files = convert.convert(
-        convert.ConvertOptions(str(trained.grpo), tmp_path / "out", types=("F16", "q8_0")), silent
+        convert.ConvertOptions(str(trained.grpo), tmp_path / "out", types=("F16", "q8_0"), run=False), silent
     )
     assert [file.name for file in files] == ["out-f16.gguf", "out-q8_0.gguf"]
     ids = mx.array([[300, 5, 7, 250, 33]])
@@ -195,7 +195,7 @@ def test_a_quantised_base_keeps_the_sft_adapter_frozen_beside_it(trained: Traine
     layer = loaded.model.layers[0].self_attn.q_proj
     assert isinstance(layer, LoRALinear) and isinstance(layer.linear, LoRALinear)
     ids = mx.array([[300, 5, 7, 250, 33]])
-    convert.convert(convert.ConvertOptions(str(run), tmp_path / "out", types=("F32",)), silent)
+    convert.convert(convert.ConvertOptions(str(run), tmp_path / "out", types=("F32",), run=False), silent)
     fused = load_trained(str(tmp_path / "out" / "hf"), say=silent).model(ids)
     np.testing.assert_allclose(np.array(fused), np.array(loaded.model(ids)), atol=1e-4)
 
