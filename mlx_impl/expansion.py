@@ -188,7 +188,9 @@ def tiny_base(directory: Path, data: ExpansionData, seed: int) -> Path:
     """The tiny random base, made from the training rows; the one that is there is kept."""
     if not directory.exists():
         texts = [f"{row.query}\n{render_lines(row.lines)}" for row in data.train]
-        asked = f"system\n{CONSUMER_SYSTEM}\nuser\n{NO_THINK}{MARKER} "  # short in tokens, as it is in every row
+        asked = (
+            f"system\n{CONSUMER_SYSTEM}\nuser\n{NO_THINK}{MARKER} "  # short in tokens, as it is in every row
+        )
         write_tiny_qwen(directory, [*texts, *[asked] * len(texts)], seed=seed)
     return directory
 
