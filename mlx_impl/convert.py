@@ -4,8 +4,8 @@ example: python mlx_impl/convert.py runs/qmd-sft --output export/qmd-expansion -
 example: python mlx_impl/convert.py runs/qmd-grpo --types Q4_K_M --ollama qmd-expansion
 
 Adapters are fused into their base (a quantised base is dequantised); hf/ in the output is a Hugging Face
-checkpoint. Every file is read back and compared with it, and where llama.cpp is installed as the Python package
-xllamacpp, run in it beside mlx-lm. K-quants (Q4_K_M, ...) need an installed llama.cpp.
+checkpoint. Every file is read back and compared with it, and run in llama.cpp beside mlx-lm where the package
+xllamacpp is installed. K-quants (Q4_K_M, ...) need an installed llama.cpp.
 """
 
 from __future__ import annotations

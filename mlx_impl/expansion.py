@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.backends import checkpoint_identity, load_encoder
 from common.checkpoint import CONFIG_FILE
@@ -184,14 +185,14 @@ def expansion_prompts(config: SftConfig | GrpoConfig, loaded: LanguageModel) -> 
     )
 
 
-def tiny_base(directory: Path, data: ExpansionData, seed: int) -> Path:
+def tiny_base(
+    directory: Path, data: ExpansionData, seed: int, sizes: Mapping[str, Any] | None = None
+) -> Path:
     """The tiny random base, made from the training rows; the one that is there is kept."""
     if not directory.exists():
         texts = [f"{row.query}\n{render_lines(row.lines)}" for row in data.train]
-        asked = (
-            f"system\n{CONSUMER_SYSTEM}\nuser\n{NO_THINK}{MARKER} "  # short in tokens, as it is in every row
-        )
-        write_tiny_qwen(directory, [*texts, *[asked] * len(texts)], seed=seed)
+        asked = f"system\n{CONSUMER_SYSTEM}\nuser\n{NO_THINK}{MARKER} "  # in each row: few tokens
+        write_tiny_qwen(directory, [*texts, *[asked] * len(texts)], seed=seed, sizes=sizes)
     return directory
 
 

@@ -1,4 +1,4 @@
-"""A GGUF in llama.cpp beside its checkpoint in mlx-lm: the same token ids, probabilities, greedy continuation.
+"""A GGUF in llama.cpp beside its checkpoint in mlx-lm: token ids, probabilities, greedy continuation.
 
 llama-server in a process of its own, by the Python package xllamacpp. No twin yet: JAX has no Qwen3.
 """
@@ -52,8 +52,8 @@ class RuntimeCheck:
     def text(self) -> str:
         """In a line."""
         return (
-            f"in llama.cpp: the same token ids for {self.texts} texts, {self.equal} of {self.continued} greedy "
-            f"tokens those of mlx-lm, largest difference of a probability {self.difference:.2g}"
+            f"in llama.cpp: the same token ids for {self.texts} texts, {self.equal} of {self.continued} "
+            f"greedy tokens those of mlx-lm, largest difference of a probability {self.difference:.2g}"
         )
 
 

@@ -211,7 +211,8 @@ def pack_rows(lengths: Sequence[tuple[int, int]], limit: int, seed: int) -> list
 
 
 def learned_places(mask: mx.array) -> tuple[mx.array, mx.array]:
-    """Of mask [B, S], the places before the tokens that the loss is taken on, [B, T], and which of them count.
+    """Of mask [B, S], the places before the tokens that the loss is taken on, [B, T], and which of them
+    count.
 
     The head is computed at these places alone: in a large vocabulary most of its cost is saved.
     """

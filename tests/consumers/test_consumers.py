@@ -21,10 +21,9 @@ pytest.importorskip("mlx_lm", reason="needs MLX and mlx-lm: install the extra `m
 
 from common.data.expansion import load_expansions, render_lines
 from common.expansion_config import SftConfig
-from common.prompts import CONSUMER_SYSTEM, MARKER, NO_THINK, ExpansionPrompts, load_tokenizer
-from common.tiny_qwen import write_tiny_qwen
+from common.prompts import ExpansionPrompts, load_tokenizer
 from mlx_impl import convert
-from mlx_impl.expansion import ExpansionOptions, train_sft
+from mlx_impl.expansion import ExpansionOptions, tiny_base, train_sft
 from mlx_impl.export import gguf, runtime
 from mlx_impl.models.qwen import load_trained
 from mlx_impl.training.generation import generate, greedy
@@ -90,9 +89,7 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Shipped:
     folder = tmp_path_factory.mktemp("consumers")
     rows = _rows(folder / "rows")
     data = load_expansions(str(folder / "rows"))
-    texts = [f"{row.query}\n{render_lines(row.lines)}" for row in data.train]
-    asked = f"system\n{CONSUMER_SYSTEM}\nuser\n{NO_THINK}{MARKER} "
-    write_tiny_qwen(folder / "base", [*texts, *[asked] * len(texts)], sizes=SIZES)
+    tiny_base(folder / "base", data, 0, SIZES)
     run = train_sft(_config(folder), ExpansionOptions(), lambda _: None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NODE_PATH", str(MODULES))  # where convert.py looks for a llama.cpp that quantises

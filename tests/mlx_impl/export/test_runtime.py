@@ -54,7 +54,7 @@ def test_another_models_weights_and_tokens_are_found(base: Path, tmp_path: Path)
         runtime.check_runtime(written(other, tmp_path, "F16"), base, "F16")
     file = tmp_path / "no.gguf"
     file.write_bytes(b"GGUF")
-    with pytest.raises(UserError, match="llama.cpp .xllamacpp. does not run it"):
+    with pytest.raises(UserError, match=r"llama\.cpp \(xllamacpp\) does not run it"):
         runtime.check_runtime(file, base, "F16")
 
 
