@@ -93,6 +93,8 @@ class SftTrainingConfig(TrainingConfig):
     """Tokens of prompt and target; a longer row is an error."""
     length_buckets: bool = True
     """Batch rows of like length."""
+    packing: bool = False
+    """Put several rows into one sequence of max_length tokens; none sees another."""
     loss_on: Literal["completion", "all"] = "completion"
     """Which tokens learn; the original: all."""
 
@@ -215,14 +217,14 @@ class SftConfig:
             training=replace(
                 self.training,
                 epochs=2.0,
-                batch_size=16,
+                batch_size=8,
                 gradient_accumulation_steps=1,
                 learning_rate=5e-3,
-                eval_steps=42,
-                save_steps=42,
+                eval_steps=84,
+                save_steps=84,
             ),
             lora=replace(self.lora, train_embeddings=True),
-            evaluation=replace(self.evaluation, queries=32, max_tokens=200, batch_size=32),
+            evaluation=replace(self.evaluation, queries=32, max_tokens=120, batch_size=32),
         )
 
 
@@ -290,15 +292,15 @@ class GrpoConfig:
             dataset=replace(self.dataset, name="generated", eval_split=""),
             training=replace(
                 self.training,
-                max_steps=40,
+                max_steps=8,
                 batch_size=16,
                 gradient_accumulation_steps=2,
-                learning_rate=3e-4,
-                eval_steps=20,
-                save_steps=20,
+                learning_rate=1e-3,
+                eval_steps=8,
+                save_steps=4,
             ),
-            grpo=replace(self.grpo, num_generations=8, max_completion_length=120),
-            evaluation=replace(self.evaluation, queries=32, max_tokens=200, batch_size=32),
+            grpo=replace(self.grpo, num_generations=8, max_completion_length=100),
+            evaluation=replace(self.evaluation, queries=32, max_tokens=120, batch_size=32),
         )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from common.checkpoint import to_json, write_checkpoint
 
 CHAT_TEMPLATE = Path(__file__).with_name("qwen3_chat_template.jinja")
-VOCABULARY = 2048  # with the special tokens; padded to this when the texts have fewer
+VOCABULARY = 1792  # with the special tokens; padded to this when the texts have fewer
 END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # Qwen3's added tokens, in its order; True: special, so that decoding leaves them out
 ADDED = {

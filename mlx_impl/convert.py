@@ -4,7 +4,8 @@ example: python mlx_impl/convert.py runs/qmd-sft --output export/qmd-expansion -
 example: python mlx_impl/convert.py runs/qmd-grpo --types Q4_K_M --ollama qmd-expansion
 
 Adapters are fused into their base (a quantised base is dequantised); hf/ in the output is a Hugging Face
-checkpoint. Every file is read back and compared with it. K-quants (Q4_K_M, ...) need an installed llama.cpp.
+checkpoint. Every file is read back and compared with it, and run in llama.cpp beside mlx-lm where the package
+xllamacpp is installed. K-quants (Q4_K_M, ...) need an installed llama.cpp.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from common.checkpoint import (
 )
 from common.errors import UserError, run_command
 from common.qmd import Sampling
-from mlx_impl.export import gguf
+from mlx_impl.export import gguf, runtime
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt"),
@@ -49,6 +50,8 @@ class ConvertOptions:
     """Where the adapter's base lies, if not where it was trained."""
     license: str = "apache-2.0"
     """Written into the files; Qwen3's own is Apache-2.0."""
+    run: bool = True
+    """Run each file in llama.cpp beside mlx-lm, where the package xllamacpp is installed."""
     ollama: str | None = None
     """Create this model in Ollama and ask it one query."""
 
@@ -65,7 +68,7 @@ def convert(options: ConvertOptions, say: Callable[[str], None] = print) -> list
     kinds = _checked_types(options.types)
     checkpoint = fuse_checkpoint(options, say)
     name = options.output.name
-    files = []
+    files, checks = [], []
     metadata = {
         "license": options.license,
         "description": "Expands search queries for QMD (lex, vec, hyde lines)",
@@ -82,8 +85,10 @@ def convert(options: ConvertOptions, say: Callable[[str], None] = print) -> list
             f"error {max(errors.values()):.2g}"
         )
         files.append(file)
+        checks.append(_run(options, file, checkpoint, kind))
+        say(f"{file.name}: {checks[-1]}")
     _write(options.output / "Modelfile", modelfile(files[-1].name))
-    _write(options.output / "README.md", _card(options, files, read_json(checkpoint / TRAINING_FILE)))
+    _write(options.output / "README.md", _card(options, files, checks, read_json(checkpoint / TRAINING_FILE)))
     say(f"for QMD: export QMD_GENERATE_MODEL={files[-1].resolve()}  (before the first `qmd collection add`)")
     if options.ollama:
         _try_ollama(options.ollama, options.output, say)
@@ -163,6 +168,15 @@ def _k_quant(
         whole.unlink(missing_ok=True)
 
 
+def _run(options: ConvertOptions, file: Path, checkpoint: Path, kind: str) -> str:
+    """What llama.cpp made of a file."""
+    if not options.run:
+        return "not run in llama.cpp: --no-run"
+    if not runtime.has_runtime():
+        return f"not run in llama.cpp: the package {runtime.PACKAGE} is not installed"
+    return runtime.check_runtime(file, checkpoint, kind).text()
+
+
 def _history(origin: Any) -> dict[str, Any]:
     """What the model was made of: its base, and each adapter's own training.json."""
     adapters = [{"adapter": str(path), **read_json(path / TRAINING_FILE)} for path in origin.below]
@@ -173,10 +187,15 @@ def _history(origin: Any) -> dict[str, Any]:
     }
 
 
-def _card(options: ConvertOptions, files: Sequence[Path], history: dict[str, Any]) -> str:
+def _card(
+    options: ConvertOptions, files: Sequence[Path], checks: Sequence[str], history: dict[str, Any]
+) -> str:
     base = history["base"]
     on_hub = f"base_model: {base}\n" if base.count("/") == 1 else ""
-    rows = "".join(f"| {file.name} | {file.stat().st_size / 1e6:.1f} MB |\n" for file in files)
+    rows = "".join(
+        f"| {file.name} | {file.stat().st_size / 1e6:.1f} MB | {check} |\n"
+        for file, check in zip(files, checks, strict=True)
+    )
     data = ", ".join(adapter["data"]["name"] for adapter in history["adapters"]) or "no further data"
     figures = "".join(
         f"| {name} | {value:.4f} |\n"
@@ -191,8 +210,8 @@ license: {options.license}
 
 Rewrites a search query into `lex`, `vec` and `hyde` lines for QMD. From `{base}`, trained on {data}.
 
-| file | |
-|---|---|
+| file | | |
+|---|---|---|
 {rows}
 | validation of the last training | |
 |---|---|

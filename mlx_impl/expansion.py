@@ -8,14 +8,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.backends import checkpoint_identity, load_encoder
 from common.checkpoint import CONFIG_FILE
 from common.config import to_dict
 from common.data.expansion import (
+    MARKER,
     ExpansionData,
     ExpansionRow,
     load_expansions,
@@ -26,7 +28,7 @@ from common.data.sources import load_ranking_data
 from common.errors import UserError
 from common.expansion_config import TINY, GrpoConfig, SftConfig
 from common.metrics.expansion import score, score_strict
-from common.prompts import ExpansionPrompts, load_tokenizer
+from common.prompts import CONSUMER_SYSTEM, NO_THINK, ExpansionPrompts, load_tokenizer
 from common.retrieval.expansion import RetrievalGain
 from common.runs import RunFolder
 from common.tiny_qwen import write_tiny_qwen
@@ -183,11 +185,14 @@ def expansion_prompts(config: SftConfig | GrpoConfig, loaded: LanguageModel) -> 
     )
 
 
-def tiny_base(directory: Path, data: ExpansionData, seed: int) -> Path:
+def tiny_base(
+    directory: Path, data: ExpansionData, seed: int, sizes: Mapping[str, Any] | None = None
+) -> Path:
     """The tiny random base, made from the training rows; the one that is there is kept."""
     if not directory.exists():
         texts = [f"{row.query}\n{render_lines(row.lines)}" for row in data.train]
-        write_tiny_qwen(directory, texts, seed=seed)
+        asked = f"system\n{CONSUMER_SYSTEM}\nuser\n{NO_THINK}{MARKER} "  # in each row: few tokens
+        write_tiny_qwen(directory, [*texts, *[asked] * len(texts)], seed=seed, sizes=sizes)
     return directory
 
 

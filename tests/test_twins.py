@@ -27,6 +27,7 @@ MLX_ONLY_FILES = {
     # SFT and GRPO of Qwen3 on mlx-lm's model and LoRA layers, and their GGUF: of the Mac alone
     "expansion.py",
     "export/gguf.py",
+    "export/runtime.py",
     "models/qwen.py",
     "training/adapters.py",
     "training/generation.py",

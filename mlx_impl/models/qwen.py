@@ -130,6 +130,26 @@ def add_lora(loaded: LanguageModel, lora: LoraConfig, seed: int) -> list[str]:
     return [path for path, _ in wrapped]
 
 
+def hidden_states(model: Any, ids: mx.array, rows: mx.array | None = None) -> mx.array:
+    """What the head reads of ids [B, S]: [B, S, D], causal; with `rows` [B, S] a token sees those of its own
+    row's number alone.
+    """
+    if rows is None:
+        return model.model(ids)
+    places = mx.arange(ids.shape[1])
+    mask = (rows[:, :, None] == rows[:, None, :]) & (places[:, None] >= places)  # [B, S, S]
+    hidden = model.model.embed_tokens(ids)
+    for layer in model.layers:
+        hidden = layer(hidden, mask[:, None], None)
+    return model.model.norm(hidden)
+
+
+def head(model: Any, hidden: mx.array) -> mx.array:
+    """Logits [..., V] of hidden states [..., D]."""
+    tied = model.args.tie_word_embeddings
+    return model.model.embed_tokens.as_linear(hidden) if tied else model.lm_head(hidden)
+
+
 @contextmanager
 def without_adapter(model: Any) -> Iterator[None]:
     """The model as it is below its topmost adapters, inside the block: their scale is 0."""

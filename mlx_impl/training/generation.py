@@ -15,6 +15,7 @@ from mlx_lm.models.cache import BatchKVCache
 
 from common.grammar import Grammar
 from common.qmd import Sampling
+from mlx_impl.models.qwen import head
 
 CHECKED_EVERY = 8  # tokens between looks at which rows have ended
 _DROPPED = 0.25  # share of ended rows from which on they are taken out of a batch
@@ -120,9 +121,7 @@ class _Batch:
 
     def _forward(self, ids: mx.array) -> mx.array:
         """Logits [N, V] of the token after the last one of ids [N, S], in float32."""
-        hidden = self.model.model(ids, self.cache)[:, -1]
-        tied = self.model.args.tie_word_embeddings
-        logits = self.model.model.embed_tokens.as_linear(hidden) if tied else self.model.lm_head(hidden)
+        logits = head(self.model, self.model.model(ids, self.cache)[:, -1])
         mx.async_eval(logits)
         return logits.astype(mx.float32)
 

@@ -22,7 +22,7 @@ from common.errors import UserError, listed
 from common.expansion_config import SftConfig
 from common.metrics.expansion import score
 from common.prompts import ExpansionPrompts
-from mlx_impl.models.qwen import LanguageModel
+from mlx_impl.models.qwen import LanguageModel, head, hidden_states
 from mlx_impl.training.adapters import AdapterTrainer, Logged
 from mlx_impl.training.generation import generate, greedy
 
@@ -31,10 +31,14 @@ WINDOW = 50  # batches whose rows are sorted by length together
 
 
 class TokenBatch(NamedTuple):
-    """Token ids [B, S], padded with 0, and which of them (not the first) the loss is taken on."""
+    """Token ids [B, S], padded with 0, and which of them (not the first) the loss is taken on.
+
+    Where several rows stand in one sequence, `rows` [B, S] numbers them, and no token sees another row.
+    """
 
     ids: mx.array
     mask: mx.array
+    rows: mx.array | None = None
 
 
 class SftTrainer(AdapterTrainer):
@@ -57,7 +61,8 @@ class SftTrainer(AdapterTrainer):
         self._encoded: dict[tuple[int, int], tuple[list[int], int]] = {}
         self._check_lengths()
         training = config.training
-        batches = -(-len(self.rows) // training.batch_size)
+        self.packs = self._packed() if training.packing else None
+        batches = -(-len(self.packs or self.rows) // training.batch_size)
         self.per_epoch = -(-batches // training.gradient_accumulation_steps)
         steps = max(1, round(training.epochs * self.per_epoch))
         steps = min(steps, training.max_steps or steps)
@@ -92,11 +97,14 @@ class SftTrainer(AdapterTrainer):
         """The batches of a step, numbered from 1."""
         training = self.settings.training
         epoch, place = divmod(step - 1, self.per_epoch)
-        order = batch_order(
-            self._lengths(epoch), training.batch_size, training.seed, epoch, training.length_buckets
-        )
+        packs = self.packs or [[row] for row in range(len(self.rows))]
+        lengths = [sum(len(self._row(row, epoch)[0]) for row in pack) for pack in packs]
+        order = batch_order(lengths, training.batch_size, training.seed, epoch, training.length_buckets)
         each = training.gradient_accumulation_steps
-        return [self._batch(rows, epoch) for rows in order[place * each : (place + 1) * each]]
+        return [
+            self._batch([packs[i] for i in chosen], epoch)
+            for chosen in order[place * each : (place + 1) * each]
+        ]
 
     def evaluate(self) -> Logged:
         """Loss and token accuracy on validation rows, and the mean score of greedy expansions."""
@@ -105,7 +113,7 @@ class SftTrainer(AdapterTrainer):
         size = self.settings.training.batch_size
         order = sorted(range(len(rows)), key=lambda i: len(self._example(rows[i], i)[0]))
         for first in range(0, len(order), size):
-            batch = _padded([self._example(rows[i], i) for i in order[first : first + size]], size)
+            batch = _padded([[self._example(rows[i], i)] for i in order[first : first + size]], size)
             found = [float(value) for value in self._loss(batch)]
             loss, correct, tokens = loss + found[0], correct + found[1], tokens + found[2]
         logged = {"loss": loss / max(1, tokens), "token_accuracy": correct / max(1, tokens)}
@@ -137,11 +145,14 @@ class SftTrainer(AdapterTrainer):
             self._encoded[key] = self._example(self.rows[index], key[1])
         return self._encoded[key]
 
-    def _lengths(self, epoch: int) -> list[int]:
-        return [len(self._row(index, epoch)[0]) for index in range(len(self.rows))]
+    def _batch(self, packs: Sequence[Sequence[int]], epoch: int) -> TokenBatch:
+        rows = [[self._row(index, epoch) for index in pack] for pack in packs]
+        return _padded(rows, self.settings.training.batch_size, packed=self.packs is not None)
 
-    def _batch(self, rows: Sequence[int], epoch: int) -> TokenBatch:
-        return _padded([self._row(index, epoch) for index in rows], self.settings.training.batch_size)
+    def _packed(self) -> list[list[int]]:
+        training = self.settings.training
+        lengths = [(len(self._row(i, 0)[0]), len(self._row(i, 1)[0])) for i in range(len(self.rows))]
+        return pack_rows(lengths, training.max_length, training.seed)
 
     def _check_lengths(self) -> None:
         limit = self.settings.training.max_length
@@ -179,11 +190,50 @@ def batch_order(lengths: Sequence[int], size: int, seed: int, epoch: int, bucket
     return batches
 
 
-def token_losses(model: Any, batch: TokenBatch) -> tuple[mx.array, mx.array]:
-    """Cross entropy and whether the token was the likeliest, [B, S - 1]."""
-    logits = model(batch.ids[:, :-1])  # [B, S - 1, V]
-    targets = batch.ids[:, 1:]
-    losses = nn.losses.cross_entropy(logits, targets).astype(mx.float32)
+def pack_rows(lengths: Sequence[tuple[int, int]], limit: int, seed: int) -> list[list[int]]:
+    """Rows that share a sequence of at most `limit` tokens: first fit in a random order.
+
+    A row has two lengths, of even and of odd epochs; a pack holds in both, so that the packs, and the steps
+    of an epoch, stay the same.
+    """
+    packs: list[list[int]] = []
+    free: list[tuple[int, int]] = []
+    for row in np.random.default_rng(seed).permutation(len(lengths)).tolist():
+        even, odd = lengths[row]
+        fits = (i for i, left in enumerate(free) if left[0] >= even and left[1] >= odd)
+        place = next(fits, len(packs))
+        if place == len(packs):
+            packs.append([])
+            free.append((limit, limit))
+        packs[place].append(row)
+        free[place] = free[place][0] - even, free[place][1] - odd
+    return packs
+
+
+def learned_places(mask: mx.array) -> tuple[mx.array, mx.array]:
+    """Of mask [B, S], the places before the tokens that the loss is taken on, [B, T], and which of them
+    count.
+
+    The head is computed at these places alone: in a large vocabulary most of its cost is saved.
+    """
+    rows = [np.flatnonzero(row) for row in np.array(mask)[:, 1:]]
+    longest = PADDED_TO * max(1, math.ceil(max(map(len, rows)) / PADDED_TO))
+    places = np.zeros((len(rows), longest), np.int32)
+    counted = np.zeros((len(rows), longest), bool)
+    for number, row in enumerate(rows):
+        places[number, : len(row)] = row
+        counted[number, : len(row)] = True
+    return mx.array(places), mx.array(counted)
+
+
+def token_losses(
+    model: Any, ids: mx.array, places: mx.array, rows: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
+    """Cross entropy of the tokens after `places` [B, T], and whether each was the likeliest, [B, T]."""
+    hidden = hidden_states(model, ids[:, :-1], None if rows is None else rows[:, :-1])  # [B, S - 1, D]
+    logits = head(model, mx.take_along_axis(hidden, places[..., None], axis=1))  # [B, T, V]
+    targets = mx.take_along_axis(ids, places + 1, axis=1)
+    losses = nn.losses.cross_entropy(logits.astype(mx.float32), targets)
     return losses, mx.argmax(logits, axis=-1) == targets
 
 
@@ -192,41 +242,49 @@ def make_gradient(model: Any) -> Callable[[TokenBatch, mx.array], tuple[mx.array
     is.
     """
 
-    def total(batch: TokenBatch, scale: mx.array) -> mx.array:
-        losses, _ = token_losses(model, batch)
-        return scale * (losses * batch.mask[:, 1:]).sum()
+    def total(
+        ids: mx.array, places: mx.array, counted: mx.array, rows: mx.array | None, scale: mx.array
+    ) -> mx.array:
+        losses, _ = token_losses(model, ids, places, rows)
+        return scale * (losses * counted).sum()
 
     value_and_gradient = nn.value_and_grad(model, total)
     captured = [model.state, mx.random.state]
 
     @partial(mx.compile, inputs=captured, outputs=[mx.random.state])
-    def gradient(ids: mx.array, mask: mx.array, scale: mx.array) -> tuple[mx.array, Any]:
+    def gradient(*batch: Any) -> tuple[mx.array, Any]:
         before = model.trainable_parameters()
-        found = value_and_gradient(TokenBatch(ids, mask), scale)
+        found = value_and_gradient(*batch)
         model.update(before)  # else what the trace has put there would stay
         return found
 
-    return lambda batch, scale: gradient(batch.ids, batch.mask, scale)
+    return lambda batch, scale: gradient(batch.ids, *learned_places(batch.mask), batch.rows, scale)
 
 
 def make_loss(model: Any) -> Callable[[TokenBatch], tuple[mx.array, mx.array, mx.array]]:
-    """A compiled batch -> summed loss, correct tokens, tokens."""
+    """A compiled batch of single rows -> summed loss, correct tokens, tokens."""
 
     @partial(mx.compile, inputs=[model.state])
-    def loss(ids: mx.array, mask: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        losses, right = token_losses(model, TokenBatch(ids, mask))
-        counted = mask[:, 1:]
+    def loss(ids: mx.array, places: mx.array, counted: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        losses, right = token_losses(model, ids, places)
         return (losses * counted).sum(), (right & counted).sum(), counted.sum()
 
-    return lambda batch: loss(batch.ids, batch.mask)
+    return lambda batch: loss(batch.ids, *learned_places(batch.mask))
 
 
-def _padded(rows: Sequence[tuple[list[int], int]], size: int) -> TokenBatch:
-    """Rows as arrays of `size` rows, the missing ones empty, their length a multiple of PADDED_TO, plus 1."""
-    longest = max(len(ids) for ids, _ in rows)
+def _padded(packs: Sequence[Sequence[tuple[list[int], int]]], size: int, packed: bool = False) -> TokenBatch:
+    """Packs of rows as `size` sequences, the missing ones empty, their length a multiple of PADDED_TO,
+    plus 1.
+    """
+    longest = max(sum(len(ids) for ids, _ in pack) for pack in packs)
     length = 1 + PADDED_TO * math.ceil((longest - 1) / PADDED_TO)
     ids, mask = np.zeros((size, length), np.int32), np.zeros((size, length), bool)
-    for place, (row, start) in enumerate(rows):
-        ids[place, : len(row)] = row
-        mask[place, max(1, start) : len(row)] = True
-    return TokenBatch(mx.array(ids), mx.array(mask))
+    numbers = np.zeros((size, length), np.int32)  # 0: padding
+    for place, pack in enumerate(packs):
+        at = 0
+        for number, (row, start) in enumerate(pack, start=1):
+            end = at + len(row)
+            ids[place, at:end], numbers[place, at:end] = row, number
+            mask[place, at + max(1, start) : end] = True
+            at = end
+    return TokenBatch(mx.array(ids), mx.array(mask), mx.array(numbers) if packed else None)

@@ -107,7 +107,7 @@ def test_grpo_starts_at_the_sft_model(trained: Trained) -> None:
 def test_a_trained_model_is_its_fused_checkpoint(trained: Trained, tmp_path: Path) -> None:
     """convert.py's hf/ gives the logits of base + SFT + GRPO, and eval.py judges both alike."""
     files = convert.convert(
-        convert.ConvertOptions(str(trained.grpo), tmp_path / "out", types=("F16", "q8_0")), silent
+        convert.ConvertOptions(str(trained.grpo), tmp_path / "out", types=("F16", "q8_0"), run=False), silent
     )
     assert [file.name for file in files] == ["out-f16.gguf", "out-q8_0.gguf"]
     ids = mx.array([[300, 5, 7, 250, 33]])
@@ -195,7 +195,7 @@ def test_a_quantised_base_keeps_the_sft_adapter_frozen_beside_it(trained: Traine
     layer = loaded.model.layers[0].self_attn.q_proj
     assert isinstance(layer, LoRALinear) and isinstance(layer.linear, LoRALinear)
     ids = mx.array([[300, 5, 7, 250, 33]])
-    convert.convert(convert.ConvertOptions(str(run), tmp_path / "out", types=("F32",)), silent)
+    convert.convert(convert.ConvertOptions(str(run), tmp_path / "out", types=("F32",), run=False), silent)
     fused = load_trained(str(tmp_path / "out" / "hf"), say=silent).model(ids)
     np.testing.assert_allclose(np.array(fused), np.array(loaded.model(ids)), atol=1e-4)
 
@@ -333,3 +333,32 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(trained: Trained, tmp_path: P
     assert done.returncode == 0, done.stderr
     assert "resumed at step" in done.stdout
     assert_same(output, trained.sft if command == "sft" else trained.grpo)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_four_commands_run_from_end_to_end_without_a_download(tmp_path: Path) -> None:
+    """What a user types; the tiny model has learned the form: the strict score is above 0."""
+
+    def run(script: str, *words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "mlx_impl" / script), *words],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    sft, grpo, judged, model = (str(tmp_path / name) for name in ("sft", "grpo", "eval", "model"))
+    run("train.py", "sft", "--base", "tiny", "--output", sft)
+    run("train.py", "grpo", "--base", "tiny", "--model.sft", sft, "--output", grpo)
+    run("eval.py", grpo, sft, "--max-tokens", "120", "--output", judged)
+    said = run("convert.py", grpo, "--output", model, "--types", "F16", "Q8_0")
+    losses = [line["loss"] for line in lines_of(Path(sft), "dev")]
+    assert losses[-1] < 1.2 and lines_of(Path(sft), "dev")[-1]["score"] > 0.6
+    results = read_json(tmp_path / "eval" / "expansion.json")["models"]
+    assert np.mean([answer["scores"]["strict"]["percentage"] for answer in results["sft"]]) > 0
+    assert said.count("tensors verified") == 2 and "export QMD_GENERATE_MODEL=" in said
+    assert {path.name for path in Path(model).iterdir()} >= {"Modelfile", "README.md", "hf"}

@@ -202,7 +202,7 @@ def test_ollama_is_asked_where_it_is_installed(
 ) -> None:
     pytest.importorskip("mlx_lm")
     said: list[str] = []
-    options = convert.ConvertOptions(str(base), tmp_path / "out", types=("F16",), ollama="mine")
+    options = convert.ConvertOptions(str(base), tmp_path / "out", types=("F16",), run=False, ollama="mine")
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(UserError, match="no `ollama` on the PATH"):
         convert.convert(options, said.append)

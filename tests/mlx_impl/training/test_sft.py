@@ -14,6 +14,7 @@ pytest.importorskip("mlx_lm", reason="needs MLX and mlx-lm: install the extra `m
 
 import mlx.core as mx
 import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner import trainer as peer
 from mlx_lm.tuner.callbacks import TrainingCallback
 
@@ -22,7 +23,7 @@ from common.expansion_config import LoraConfig
 from common.prompts import ExpansionPrompts, load_tokenizer
 from mlx_impl.models.qwen import Origin, add_lora, load_base, without_adapter
 from mlx_impl.training.adapters import checkpointed, make_update
-from mlx_impl.training.sft import SftTrainer, TokenBatch, batch_order, make_gradient
+from mlx_impl.training.sft import SftTrainer, TokenBatch, batch_order, make_gradient, pack_rows
 from tests.tiny_expansion import sft_config, write_expander, write_rows
 
 STEPS = 20
@@ -104,10 +105,55 @@ def test_accumulated_batches_weigh_by_their_tokens(base: Path, trainer: SftTrain
     def widened(x: mx.array) -> mx.array:
         return mx.pad(x, ((0, 0), (0, length - x.shape[1])))
 
-    whole = TokenBatch(*(mx.concatenate([widened(x) for x in xs]) for xs in zip(*pieces, strict=True)))
+    columns = [[piece.ids for piece in pieces], [piece.mask for piece in pieces]]
+    whole = TokenBatch(*(mx.concatenate([widened(x) for x in xs]) for xs in columns))
     expected = gradient(whole, scale)[1]["model"]["layers"][0]["self_attn"]["q_proj"]["lora_b"]
     found = [part["model"]["layers"][0]["self_attn"]["q_proj"]["lora_b"] for part in parts]
     np.testing.assert_allclose(np.array(found[0] + found[1]), np.array(expected), atol=1e-6)
+
+
+def gradients(model: Any, batches: list[TokenBatch], scale: mx.array) -> tuple[float, dict[str, np.ndarray]]:
+    gradient = make_gradient(model)
+    found = [gradient(batch, scale) for batch in batches]
+    total = found[0][1]
+    for _, more in found[1:]:
+        total = tree_map(mx.add, total, more)
+    return sum(float(loss) for loss, _ in found), {k: np.array(v) for k, v in tree_flatten(total)}
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_packed_rows_have_the_loss_and_gradient_of_single_ones(
+    base: Path, trainer: SftTrainer, checkpoint: bool
+) -> None:
+    rows = base.parent / "rows"
+    config = sft_config(rows, base, base, packing=True)
+    config = replace(config, training=replace(config.training, grad_checkpoint=checkpoint))
+    packed = SftTrainer(
+        config, adapted(base), trainer.prompts, load_expansions(str(rows)), say=lambda _: None
+    )
+    assert packed.per_epoch == 1 and max(map(len, packed.packs or [])) > 4
+    whole = [batch for step in range(1, trainer.per_epoch + 1) for batch in trainer.batches(step)]
+    scale = mx.array(0.01)
+    expected, theirs = gradients(adapted(base).model, whole, scale)
+    model = adapted(base).model
+    with checkpointed(model, config):
+        found, ours = gradients(model, packed.batches(1), scale)
+    assert sum(int(b.mask.sum()) for b in packed.batches(1)) == sum(int(b.mask.sum()) for b in whole)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value, atol=1e-5, err_msg=name)
+    together = [batch._replace(rows=None) for batch in packed.batches(1)]  # rows that see each other
+    assert abs(gradients(adapted(base).model, together, scale)[0] - expected) > 1e-3
+
+
+def test_packs_hold_every_row_once_in_both_forms(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    lengths = [(int(a), int(a + b)) for a, b in random.integers(1, 200, (300, 2))]
+    lengths = [pair if random.random() < 0.5 else pair[::-1] for pair in lengths]
+    packs = pack_rows(lengths, 512, 1)
+    assert sorted(row for pack in packs for row in pack) == list(range(300))
+    assert all(sum(lengths[row][form] for row in pack) <= 512 for pack in packs for form in (0, 1))
+    assert packs == pack_rows(lengths, 512, 1) and len(packs) < 300 / 1.5
 
 
 def test_checkpointing_changes_memory_and_not_the_gradient(base: Path, trainer: SftTrainer) -> None:
