@@ -32,4 +32,4 @@ class Peer:
         try:
             return self._connection.recv()
         except EOFError:
-            raise UserError("sentence-transformers failed; its message stands above") from None
+            raise UserError("the peer failed; its message stands above") from None
