@@ -1,10 +1,10 @@
 """Speed of greedy generation, beside transformers' `generate` on a Llama of the same shape and weights.
 
-The peer makes the model at random and writes it; ours loads it strictly. Both continue the same prompts by the
-same number of tokens with a KV cache, in processes of their own that take turns; the share of equal tokens
-stands in the row. Compilation and warm-up are left out. CPU seconds stand beside the rates.
-    python benchmarks/lm_generation.py            # about 2 minutes on 2 cores
-    python benchmarks/lm_generation.py --quick    # does it run?
+The peer makes the model at random and writes it; ours loads it strictly. Both continue the same prompts by
+the same number of tokens with a KV cache, in processes of their own that take turns; the share of equal
+tokens stands in the row. Compilation and warm-up are left out. CPU seconds stand beside the rates.
+    python benchmarks/lm_generation.py              # batch 1 and 8
+    python benchmarks/lm_generation.py --quick      # does it run?
 """
 
 from __future__ import annotations
