@@ -25,7 +25,7 @@ from common.runs import environment, git_commit, package_versions
 Row = dict[str, Any]
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PEERS = ("torch", "sentence-transformers", "onnxruntime")
+PEERS = ("torch", "sentence-transformers", "transformers", "onnxruntime")
 
 
 class Record:
