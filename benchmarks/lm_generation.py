@@ -3,6 +3,7 @@
 The peer makes the model at random and writes it; ours loads it strictly. Both continue the same prompts by
 the same number of tokens with a KV cache, in processes of their own that take turns; the share of equal
 tokens stands in the row. Compilation and warm-up are left out. CPU seconds stand beside the rates.
+Measure on an idle machine: PyTorch's threads spin while they wait for a busy core.
     python benchmarks/lm_generation.py              # batch 1 and 8
     python benchmarks/lm_generation.py --quick      # does it run?
 """

@@ -3,7 +3,8 @@
 Ours is a step of the real LanguageTrainer with its batches; the peer is nanoGPT's step: learned positions,
 GELU of four widths, flash attention, tied head, the same dropout, clipping, fused AdamW. It runs in a process
 of its own and the two take turns. Compilation and warm-up are left out. On GPU both compute in bfloat16.
-CPU seconds stand beside the rates: on a machine that others use they say more than the clock.
+CPU seconds stand beside the rates. Measure on an idle machine: PyTorch's threads spin while they wait for a
+busy core, which inflates both its times.
     python benchmarks/lm_training.py            # the recipe infinito_small: plain, with memory; indra
     python benchmarks/lm_training.py --quick    # does it run?
 """
