@@ -74,14 +74,14 @@ def test_a_fall_is_seen_and_chance_is_not(tmp_path: Path) -> None:
 
 
 def test_the_test_seldom_cries_without_a_cause(tmp_path: Path) -> None:
-    """Of 40 pairs of weeks from one distribution the test rejects about two; a dozen would be broken."""
+    """Of 20 pairs of weeks from one distribution the test rejects about one; half of them would be broken."""
     rng = np.random.default_rng(7)
     cries = 0
-    for _ in range(40):
+    for _ in range(20):
         values = {str(n): float(1 / math.log2(1 + rng.integers(1, 6))) for n in range(80)}
         made = [Search(name, 0.0, "q", (), (), {}, False, None) for name in values]
         cries += judge(made[:40], made[40:], values).verdict == "retrain"
-    assert cries <= 6
+    assert cries <= 4
 
 
 def test_drift_of_query_lengths(tmp_path: Path) -> None:
