@@ -178,8 +178,8 @@ def write_directory(directory: str | Path, fill: Callable[[Path], None]) -> None
         temporary.mkdir(parents=True)
         fill(temporary)
         for file in temporary.iterdir():
-            _sync(file)
-        _sync(temporary)
+            sync(file)
+        sync(temporary)
         _replace(temporary, directory)
     except OSError as error:
         raise UserError(_save_failed(directory, error)) from error
@@ -205,7 +205,7 @@ def write_file(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         _write(temporary, data)
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -252,7 +252,7 @@ def _save_tokenizer(save: Callable[[Path], None], directory: Path) -> None:
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -275,7 +275,7 @@ def _replace(new: Path, directory: Path) -> None:
         if previous.exists():
             previous.rename(directory)
         raise
-    _sync(directory.parent)
+    sync(directory.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 
