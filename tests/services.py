@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,14 +15,13 @@ from typing import Any
 import numpy as np
 import uvicorn
 
-from common.backends import Scores
 from common.feedback import FeedbackStore
 from common.language_samples import LanguageGenerator
 from common.rag import RAGPipeline
 from common.service.app import ServiceConfig, create_app
 from common.service.core import Reloader, Service, start_reranker
 from common.service.metrics import Metrics
-from tests.retrieval_fakes import WordEncoder, WordScorer
+from tests.retrieval_fakes import MoodyScorer, WordEncoder
 
 DOCUMENTS = [
     {"id": "sort", "title": "Sorting", "text": "The function sorted gives a new list. It takes a key."},
@@ -32,32 +30,6 @@ DOCUMENTS = [
     *({"id": f"other{n}", "text": f"Number {n} says little about filler{n} of its own."} for n in range(20)),
 ]
 LETTERS = "abcdefgh"
-
-
-class MoodyScorer(WordScorer):
-    """A WordScorer that hangs for `hang`, ends its process for `die`, and cannot read `refuse`."""
-
-    def score(self, queries: Any, passages: Any, on_batch: Any = None) -> Scores:
-        for query in queries:
-            if "hang" in query:
-                time.sleep(60)
-            if "die" in query.split():
-                os._exit(1)
-            if "refuse" in query:
-                raise ValueError("cannot read this")
-        return super().score(queries, passages, on_batch)
-
-
-class SecondScorer(MoodyScorer):
-    """Another model, with another name and the opposite order."""
-
-    def __init__(self) -> None:
-        super().__init__("second")
-        self.name = "second"
-
-    def score(self, queries: Any, passages: Any, on_batch: Any = None) -> Scores:
-        found = super().score(queries, passages, on_batch)
-        return Scores(-found.score, -found.score, found.resonance, found.overlap, found.coherence)
 
 
 class Letters:

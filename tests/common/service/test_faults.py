@@ -20,8 +20,8 @@ from common.rag import RAGPipeline
 from common.registry import Registry
 from common.service.app import ServiceConfig
 from common.service.core import Reloader, start_reranker
-from tests.retrieval_fakes import WordEncoder
-from tests.services import DOCUMENTS, MoodyScorer, SecondScorer, running
+from tests.retrieval_fakes import MoodyScorer, SecondScorer, WordEncoder
+from tests.services import DOCUMENTS, running
 
 CLIENTS = 64
 
@@ -81,14 +81,15 @@ def test_a_reranker_that_dies_or_hangs_is_replaced_and_searches_go_on(tmp_path: 
             assert first is not None
             os.kill(first, signal.SIGKILL)
         found = service.post("/search", query=f"{'keys' if kind == 'killed' else kind} values")
-        assert found["hits"] and not found["reranked"] and "reranker failed" in found["fallback"]
+        assert found["hits"] and found["reranked"] == (found["fallback"] is None)
+        if kind != "killed":  # there the new process may be ready before the question
+            assert "reranker failed" in found["fallback"]
+            assert 'reason="reranker failed"' in service.ask("GET", "/metrics")[2]
         assert service.ask("POST", "/rerank", {"query": "hang die", "texts": ["a"]})[0] == 503
         while service.ask("GET", "/ready")[2]["reranker"] != "up":
             time.sleep(0.05)
         again = service.post("/search", query="keys again")
         assert again["reranked"] and again["hits"][0]["id"] == "dict"
-        text = service.ask("GET", "/metrics")[2]
-        assert 'resonance_fallbacks_total{reason="reranker failed"}' in text
         assert service.service.scorer.process_id != first  # type: ignore[union-attr]
 
 
