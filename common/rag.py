@@ -74,8 +74,8 @@ class Hit:
 class Results:
     """What was found for a query. `fallback` says why the order is the first stage's although a reranker was
     asked for, None where it is not; `confidence` is the calibrated probability that the first hit is
-    relevant, None when the model is not calibrated. `seconds`: time by stage (expand, retrieve, rerank,
-    total)."""
+    relevant, None when the model is not calibrated. `cached`: passages whose score was in the cache.
+    `seconds`: time by stage (expand, retrieve, rerank, total)."""
 
     query: str
     hits: list[Hit]
@@ -83,6 +83,7 @@ class Results:
     reranked: bool = False
     fallback: str | None = None
     confidence: float | None = None
+    cached: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -207,16 +208,21 @@ class RAGPipeline:
         self._late: list[threading.Thread] = []
 
     def set_reranker(
-        self, model: str | Path | Scorer | None, backend: str = "auto", *, say: Callable[[str], None] = print
+        self,
+        model: str | Path | Scorer | None,
+        backend: str = "auto",
+        *,
+        confidence: Confidence | None = None,
+        say: Callable[[str], None] = print,
     ) -> None:
         """Another reranker from the next query on; queries that are under way end with the one they began
-        with."""
+        with. A directory brings its own confidence, a Scorer has the one given here."""
         if isinstance(model, str | Path):
             directory = resolve_model(model, say=say)
             confidence = load_confidence(directory)
             scorer: Scorer | None = load_scorer(directory, backend, say=lambda _: None)
         else:
-            scorer, confidence = model, None
+            scorer = model
         self.scorer, self.confidence = scorer, confidence
 
     @property
@@ -358,8 +364,9 @@ class RAGPipeline:
 
     def _reranked(self, found: Results, scorer: Scorer, confidence: Confidence | None) -> Results:
         passages = [hit.passage.read for hit in found.hits]
+        known: list[int] = []
         try:
-            values = self._in_time(lambda stop: self._scores(scorer, found.query, passages, stop))
+            values = self._in_time(lambda stop: self._scores(scorer, found.query, passages, stop, known))
         except _TooLateError as late:
             return replace(found, fallback=self._count_fallback(str(late)))
         except Exception as error:
@@ -382,12 +389,18 @@ class RAGPipeline:
         with self._lock:
             self._counts["reranked"] += 1
         sure = None if confidence is None else confidence.of(score, resonance)
-        return replace(found, hits=hits, reranked=True, confidence=sure)
+        return replace(found, hits=hits, reranked=True, confidence=sure, cached=len(known))
 
     def _scores(
-        self, scorer: Scorer, query: str, passages: Sequence[str], stop: Callable[[int], None]
+        self,
+        scorer: Scorer,
+        query: str,
+        passages: Sequence[str],
+        stop: Callable[[int], None],
+        cached: list[int],
     ) -> NDArray[np.float32]:
-        """score, resonance, overlap and coherence of each passage [N, 4], known pairs from the cache."""
+        """score, resonance, overlap and coherence of each passage [N, 4], known pairs from the cache; their
+        places are put into `cached`."""
         begun = hashlib.sha256(f"{scorer.identity}\0{query}\0".encode())
         keys = []
         for passage in passages:
@@ -400,6 +413,7 @@ class RAGPipeline:
         for place, value in enumerate(known):
             if value is not None:
                 values[place] = value
+                cached.append(place)
         if missing:
             got = scorer.score([query] * len(missing), [passages[place] for place in missing], stop)
             values[missing] = np.stack([got.score, got.resonance, got.overlap, got.coherence], axis=1)

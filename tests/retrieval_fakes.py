@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
+import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -58,3 +61,29 @@ class WordScorer:
         score = np.asarray(found, np.float32)
         part = np.full(len(score), 0.5, np.float32)
         return Scores(score, score, part, part, part)
+
+
+class MoodyScorer(WordScorer):
+    """A WordScorer that hangs for `hang`, ends its process for `die`, and cannot read `refuse`."""
+
+    def score(self, queries: Any, passages: Any, on_batch: Any = None) -> Scores:
+        for query in queries:
+            if "hang" in query:
+                time.sleep(60)
+            if "die" in query.split():
+                os._exit(1)
+            if "refuse" in query:
+                raise ValueError("cannot read this")
+        return super().score(queries, passages, on_batch)
+
+
+class SecondScorer(MoodyScorer):
+    """Another model, with another name and the opposite order."""
+
+    def __init__(self) -> None:
+        super().__init__("second")
+        self.name = "second"
+
+    def score(self, queries: Any, passages: Any, on_batch: Any = None) -> Scores:
+        found = super().score(queries, passages, on_batch)
+        return Scores(-found.score, -found.score, found.resonance, found.overlap, found.coherence)

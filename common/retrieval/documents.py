@@ -14,11 +14,15 @@ from common.data.records import is_unicode, stable_id
 from common.errors import UserError, listed
 
 # An end mark with what closes it, before white space and no small letter; or an East Asian one; or a free
-# line.
-_END = re.compile(r"""[.!?…]+["'”’)\]]*(?=\s+[^\sa-z])|[。！？]+["”’」』）]*|(?=\n\s*\n)""")
+# line. Each run of marks or of white space is looked at once: the time is linear in the text.
+_END = re.compile(
+    r"""(?<![.!?…])[.!?…]++["'”’)\]]*+(?=\s++[^\sa-z])|[。！？]++["”’」』）]*+"""
+    r"""|(?<=\S)(?=[^\S\n]*+\n[^\S\n]*+\n)"""
+)
 _ABBREVIATION = re.compile(
     r"(?:^|[\s(\"'])(?:[A-Z]|e\.g|i\.e|cf|vs|al|Dr|Mr|Mrs|Ms|Prof|St|No|Fig|Figs|Eq|Sec|Vol|pp|approx|resp)\.$"
 )
+_LONGEST = 16  # characters, more than any abbreviation and what stands before it
 _PIECE = re.compile(r"[a-zA-Z]{1,4}|\d{1,3}|[^\W\da-zA-Z]|[^\w\s]|_+")
 
 
@@ -109,10 +113,12 @@ def sentences(text: str) -> list[str]:
     found: list[str] = []
     start = 0
     for end in _END.finditer(text):
-        part = text[start : end.end()]
-        if not part.strip() or (end.group() == "." and _ABBREVIATION.search(part)):
+        if end.group() == "." and _ABBREVIATION.search(text[max(start, end.end() - _LONGEST) : end.end()]):
             continue
-        found.append(part.strip())
+        part = text[start : end.end()].strip()
+        if not part:
+            continue
+        found.append(part)
         start = end.end()
     return [*found, rest] if (rest := text[start:].strip()) else found
 
