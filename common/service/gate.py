@@ -67,6 +67,7 @@ class Gate:
 
         try:
             with anyio.CancelScope(shield=True):  # what was accepted is finished
-                return await anyio.to_thread.run_sync(begun, limiter=self._limiter)
+                result = await anyio.to_thread.run_sync(begun, limiter=self._limiter)
         finally:
             self.inside -= 1
+        return result
