@@ -21,6 +21,7 @@ from typing import Any, Literal
 from benchmarks.record import RESULTS, Record, Row
 from common.backends import Encoder, load_encoder, load_scorer, load_trainer
 from common.config import RerankerConfig, RetrainConfig, RunOptions, parse_command, to_dict
+from common.data.combined import source_name
 from common.data.records import RankingData
 from common.data.sources import load_ranking_data
 from common.errors import UserError, run_command
@@ -78,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for data, split in domains.values():
         data.split(split)  # a wrong name fails before training, and so does a place that cannot be written
     check_metrics([config.evaluation.metric])
-    record = Record("retraining", workload(config, options, domains), folder=options.results)
+    pair = "-".join(source_name(data.name, {}) for data, _ in reversed(domains.values()))  # old to new
+    record = Record(f"retraining-{pair}", workload(config, options, domains), folder=options.results)
     encoder = load_encoder(config.data.encoder, options.backend)
     free = dataclasses.replace(
         config.retrain,

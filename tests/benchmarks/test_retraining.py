@@ -67,7 +67,7 @@ def test_both_domains_are_compared_before_and_after_without_and_with_preservatio
     }
     assert all("preserve_query" in logs[name] for name in ("new_lists", "preserving"))
     assert "preserve" not in logs["free"]
-    (file,) = (root / "results").glob("retraining.*.json")
+    (file,) = (root / "results").glob("retraining-*.json")
     stored = json.loads(file.read_text())
     rows = {
         (row["what"].split()[0], row["what"].split(": ")[1], row["peer_name"]): row for row in stored["rows"]
