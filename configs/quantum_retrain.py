@@ -8,8 +8,8 @@ The original is analysed first: analysis-original.json and .png in the run's fol
 is forgotten, and what preservation saves: python benchmarks/retraining.py, with the same flags.
 
 preset        the task's loss                           time, memory        nDCG@10, new and old domain
-(default)     adaptation: the ranking loss alone        README             .667 CoNaLa (.571 before), .732 SciFact
-                                                                           (.740; .704 without preservation)
+(default)     adaptation: the ranking loss alone        README              .667 CoNaLa (.571 before), .732
+                                                                            SciFact (.740; free .704)
 resonance     with the resonance and entanglement       not measured        not measured
               terms
 entanglement  with the entanglement term                not measured        not measured
