@@ -31,8 +31,9 @@ def browser() -> Iterator[Any]:
         from playwright.sync_api import sync_playwright
     except ImportError:
         _missing("playwright is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     with sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        opened = play.chromium.launch(executable_path=program, args=["--no-sandbox"], env=environment)
         yield opened
         opened.close()
 
