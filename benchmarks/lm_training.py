@@ -164,7 +164,7 @@ class Ours:
 
         wall, cpu = time.perf_counter(), time.process_time()
         for step in steps:
-            self.trainer._one_step(self.trainer.plan.batch(step))
+            self.trainer._one_step(step + 1, self.trainer.plan.batch(step))
         jax.block_until_ready(self.trainer.state)
         return time.perf_counter() - wall, time.process_time() - cpu
 
