@@ -61,7 +61,7 @@ class Limits:
                 return
             if body is None:
                 await _refuse(send, 413, self._too_large(), "too_large", close=True)
-            elif body is not False:
+            elif isinstance(body, bytes):  # else the other end is gone
                 await self.app(scope, _replay(body, receive), _secure(send))
 
     def _known(self, path: str, headers: dict[bytes, bytes]) -> bool:
@@ -76,7 +76,8 @@ class Limits:
 
         What is a little too large is read and dropped: a client that is still sending hears no answer.
         """
-        parts, size = [], 0
+        parts: list[bytes] = []
+        size = 0
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
