@@ -92,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         from common.service.app import ServiceConfig, create_app
     except ImportError as error:
         raise UserError(f"{error.name} is not installed: pip install -e '.[serve]'") from None
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("resonance").setLevel(logging.INFO)
     hosts = None if args.host not in LOOPBACK or key else LOOPBACK
     config = ServiceConfig(
         args.threads, args.queue, args.wait, max_body=args.max_body, api_key=key, hosts=hosts

@@ -182,8 +182,8 @@ class BatchedScorer:
             return
         self._on_batch(Batch(len(queries), len(batch), time.perf_counter() - began))
         if kind == "error" and len(batch) > 1:  # one of them is to blame: the others are not told its error
-            for one in batch:
-                self._score([one])
+            for single in batch:
+                self._score([single])
             return
         start = 0
         for job, part in batch:

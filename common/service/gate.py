@@ -66,8 +66,7 @@ class Gate:
                 self._seconds += 0.1 * (time.perf_counter() - start - self._seconds)
 
         try:
-            with anyio.CancelScope(shield=True):  # what was accepted is finished
-                result = await anyio.to_thread.run_sync(begun, limiter=self._limiter)
+            # not abandoned when the asker is gone: what was accepted is finished
+            return await anyio.to_thread.run_sync(begun, limiter=self._limiter)
         finally:
             self.inside -= 1
-        return result

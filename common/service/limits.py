@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import json
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 OPEN = ("/", "/health", "/ready", "/openapi.json")  # without a key: the page, and what asks whether we live
 _DRAINED = 4  # times the largest body: more is not even read
@@ -61,7 +61,7 @@ class Limits:
                 return
             if body is None:
                 await _refuse(send, 413, self._too_large(), "too_large", close=True)
-            elif isinstance(body, bytes):
+            elif isinstance(body, bytes):  # else the other end is gone
                 await self.app(scope, _replay(body, receive), _secure(send))
 
     def _known(self, path: str, headers: dict[bytes, bytes]) -> bool:
@@ -71,7 +71,7 @@ class Limits:
         given = bearer.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
         return hmac.compare_digest(given, self.key)
 
-    async def _body(self, receive: Any) -> bytes | Literal[False] | None:
+    async def _body(self, receive: Any) -> bytes | bool | None:
         """All of it; None when it is too large, False when the other end is gone.
 
         What is a little too large is read and dropped: a client that is still sending hears no answer.

@@ -104,10 +104,23 @@ function showFirst(found) {
   $("first-title").textContent = `First stage (${found.first_stage_name})`;
 }
 
+// A thumb that points up, or down when turned; drawn, since not every machine has a font with one.
+function thumb(value) {
+  const name = "http://www.w3.org/2000/svg";
+  const picture = document.createElementNS(name, "svg");
+  const path = document.createElementNS(name, "path");
+  path.setAttribute("d", "M2 10h4v11H2zM8 21V10l4-8c1.7 0 2.6 1.3 2.3 3L13.5 9H20c1.4 0 2.3 1.2 2 2.5l-1.8 7.7c-.3 1.1-1.2 1.8-2.3 1.8z");
+  picture.append(path);
+  picture.setAttribute("viewBox", "0 0 24 24");
+  picture.setAttribute("aria-hidden", "true");
+  if (value < 0) picture.classList.add("turned");
+  return picture;
+}
+
 function thumbs(hit) {
   const group = make("div", { className: "thumbs" });
-  for (const [value, sign, name] of [[1, "👍", "Relevant"], [-1, "👎", "Not relevant"]]) {
-    const button = make("button", { type: "button", "aria-label": `${name}: ${hit.title || hit.id}`, "aria-pressed": "false" }, sign);
+  for (const [value, name] of [[1, "Relevant"], [-1, "Not relevant"]]) {
+    const button = make("button", { type: "button", "aria-label": `${name}: ${hit.title || hit.id}`, "aria-pressed": "false", title: name }, thumb(value));
     button.disabled = !current.id;
     button.addEventListener("click", async () => {
       try {

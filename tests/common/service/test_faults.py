@@ -94,7 +94,7 @@ def test_a_reranker_that_dies_or_hangs_is_replaced_and_searches_go_on(tmp_path: 
 
 
 def test_a_slow_reranker_is_left_behind_at_the_deadline(tmp_path: Path) -> None:
-    with running(tmp_path, deadline=0.3) as service:
+    with running(tmp_path, deadline=0.3, patience=1.0) as service:
         found = service.post("/search", query="hang on")
         assert found["fallback"] == "reranker past its deadline" and found["hits"]
 

@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 
 import hypothesis
-import pytest
 import schemathesis
 from schemathesis import checks
 from schemathesis.specs.openapi.checks import response_schema_conformance
@@ -16,7 +15,6 @@ from tests.services import running
 ROUTES = ["/search", "/rerank", "/context", "/documents", "/feedback", "/v1/completions", "/ready"]
 
 
-@pytest.mark.slow
 def test_no_request_that_the_description_allows_or_forbids_gives_500(tmp_path: Path) -> None:
     asked: set[str] = set()
     with running(tmp_path, patience=5.0) as service:
