@@ -17,6 +17,7 @@ from common.errors import UserError
 
 Logits = NDArray[np.float32]
 FEW = 1024  # the likeliest tokens that top-p looks at before it sorts the whole vocabulary
+FINITE = np.finfo(np.float64).max / 4  # scores stay within, so that a difference of two is a number
 CHUNK = 256  # tokens of a prompt read at once by a model without a context
 
 Finish = Literal["end", "stop", "length", "context"]
@@ -164,12 +165,16 @@ def choose_token(
     scores = logits.astype(np.float64)
     if sampling.repetition_penalty != 1.0 and len(seen):
         known, penalty = np.unique(seen), sampling.repetition_penalty
-        scores[known] = np.where(scores[known] > 0, scores[known] / penalty, scores[known] * penalty)
+        with np.errstate(over="ignore"):
+            changed = np.where(scores[known] > 0, scores[known] / penalty, scores[known] * penalty)
+        scores[known] = np.clip(changed, -FINITE, FINITE)
     if sampling.banned:
         scores[list(sampling.banned)] = -np.inf
     if sampling.temperature == 0:
         return int(np.argmax(scores))
-    ids, probabilities = candidates(scores / sampling.temperature, sampling)
+    with np.errstate(over="ignore"):  # of a temperature near 0 only the largest stay
+        scores = (scores - scores.max()) / sampling.temperature
+    ids, probabilities = candidates(scores, sampling)
     return int(rng.choice(ids, p=probabilities))
 
 

@@ -193,6 +193,18 @@ def test_greedy_takes_the_likeliest_after_penalty_and_ban() -> None:
     assert drawn == {1, 3}
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_least_temperature_is_greedy_and_extreme_penalties_stay_numbers() -> None:
+    logits, rng = np.array([3.0, 2.9, 1.0, -1.0], np.float32), np.random.default_rng(0)
+    none = np.array([], np.int64)
+    for temperature in (5e-324, 1e-310, 1e-100):
+        assert choose_token(logits, none, SamplingConfig(temperature=temperature, banned=(3,)), rng) == 0
+    for penalty, token in ((5e-324, 1), (1e308, 0)):
+        least = SamplingConfig(temperature=1.0, repetition_penalty=penalty)
+        seen = np.array([1, 3]) if penalty < 1 else np.array([1, 2, 3])
+        assert choose_token(logits, seen, least, np.random.default_rng(0)) == token
+
+
 def test_a_seed_repeats_a_text_and_a_row_does_not_depend_on_its_neighbours() -> None:
     settings = {"temperature": 3.0, "max_new_tokens": 20}
     first, second = continued("a", "b", seed=5, **settings)
