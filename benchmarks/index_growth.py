@@ -21,15 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peer import Peer
-from benchmarks.record import Record, compared
+from benchmarks.peer import Peer, answer_all
+from benchmarks.record import RESULTS, Record, compared
 from common.backends import load_encoder
 from common.data.sources import load_ranking_data
 from common.errors import UserError, run_command
+from common.metrics.latency import percentiles
 from common.retrieval.documents import Document
 from common.retrieval.index import PassageIndex
 
-ROOT = Path(__file__).resolve().parents[1]
 DEPTH = 50
 NOISE = 0.2  # its length, beside embeddings of length 1
 _BLOCK = 20_000  # documents of one `add`
@@ -89,12 +89,7 @@ def embeddings(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
 
 def serve_size(connection: Any, passages: np.ndarray, queries: np.ndarray) -> None:
     """A process for one size: its memory is that of one index."""
-    while True:
-        try:
-            _, size = connection.recv()
-        except EOFError:
-            return
-        connection.send(measured(Multiplied(passages, queries), size))
+    answer_all(connection, lambda _, size: measured(Multiplied(passages, queries), size))
 
 
 def measured(encoder: Multiplied, size: int) -> dict[str, Any]:
@@ -112,7 +107,7 @@ def measured(encoder: Multiplied, size: int) -> dict[str, Any]:
         for text in asked:
             began = time.perf_counter()
             numbers = index.dense(text, DEPTH)
-            times.append((time.perf_counter() - began) * 1e3)
+            times.append(time.perf_counter() - began)
             found.append({passage.document for passage in index.passages(list(numbers)).values()})
         about = {
             "kind": index.kind,
@@ -120,13 +115,13 @@ def measured(encoder: Multiplied, size: int) -> dict[str, Any]:
             "build_seconds": seconds,
             "megabytes_on_disk": index.bytes / 1e6,
             "megabytes_of_memory": _memory() - before,
-            "milliseconds": {f"p{part}": float(np.percentile(times, part)) for part in (50, 95, 99)},
+            "milliseconds": percentiles(times),
         }
     exact, exact_times = exact_search(encoder, size)
     about["recall"] = float(
         np.mean([len(own & right) / len(right) for own, right in zip(found, exact, strict=True)])
     )
-    p95 = [float(np.percentile(side, 95)) for side in (times, exact_times)]
+    p95 = [percentiles(side)["p95"] for side in (times, exact_times)]
     name = f"search among {size:,} passages, p95"
     return compared(
         name, p95[:1], p95[1:], "faiss, flat", "milliseconds", higher_is_better=False, index=about
@@ -134,7 +129,7 @@ def measured(encoder: Multiplied, size: int) -> dict[str, Any]:
 
 
 def exact_search(encoder: Multiplied, size: int) -> tuple[list[set[str]], list[float]]:
-    """The true nearest of each query, and milliseconds of each search by faiss' flat index."""
+    """The true nearest of each query, and seconds of each search by faiss' flat index."""
     import faiss
 
     flat = faiss.IndexFlatIP(encoder.dim)
@@ -144,7 +139,7 @@ def exact_search(encoder: Multiplied, size: int) -> tuple[list[set[str]], list[f
     for query in encoder.queries:
         began = time.perf_counter()
         _, rows = flat.search(query[None], min(DEPTH, size))
-        times.append((time.perf_counter() - began) * 1e3)
+        times.append(time.perf_counter() - began)
         found.append({str(row) for row in rows[0]})
     return found, times
 
@@ -164,7 +159,7 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--encoder", default="default", help="a bi-encoder: directory or name")
     parser.add_argument("--base", type=int, default=2_000, help="real embeddings that are multiplied")
     parser.add_argument("--queries", type=int, default=100)
-    parser.add_argument("--results", default=str(ROOT / "benchmarks" / "results"), help="where the JSON goes")
+    parser.add_argument("--results", default=str(RESULTS), help="where the JSON goes")
     options = parser.parse_args(arguments)
     if min(*options.sizes, options.base, options.queries) < 1:
         raise UserError("--sizes, --base and --queries: allowed are whole numbers >= 1")

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.lm_training import Took
-from benchmarks.peer import Peer
+from benchmarks.peer import Peer, answer_all
 from benchmarks.record import RESULTS, Record, Row, compared
 from common.errors import UserError, run_command
 from common.generation import SamplingConfig, generate
@@ -130,17 +130,12 @@ def serve_peer(connection: Connection, directory: str, settings: dict[str, Any])
     # No end and no padding: every text has the same length.
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     model = LlamaForCausalLM(LlamaConfig(**settings, **ids, initializer_range=0.2)).eval()
-    while True:
-        try:
-            kind, what = connection.recv()
-        except EOFError:
-            return
+
+    def answer(kind: str, what: Any) -> Any:
         if kind == "write":
             model.save_pretrained(directory)
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            model = model.to(device)
-            connection.send(None)
-            continue
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
+            return None
         prompts, count = what
         wall, cpu = time.perf_counter(), time.process_time()
         given = torch.tensor(prompts, device=model.device)
@@ -148,7 +143,9 @@ def serve_peer(connection: Connection, directory: str, settings: dict[str, Any])
         with torch.inference_mode():
             made = model.generate(given, attention_mask=torch.ones_like(given), **same)
         written = made[:, given.shape[1] :].tolist()
-        connection.send(((time.perf_counter() - wall, time.process_time() - cpu), written))
+        return (time.perf_counter() - wall, time.process_time() - cpu), written
+
+    answer_all(connection, answer)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peer import Peer
+from benchmarks.peer import Peer, answer_all
 from benchmarks.record import RESULTS, Record, Row, compared
 from common.config import load_recipe
 from common.config_language import InfinitoRecipe, LanguageRecipe
@@ -177,11 +177,8 @@ def serve_peer(connection: Connection, settings: dict[str, Any]) -> None:
     model = gpt(Shape(**settings)).to(device).train()
     rate = settings["learning_rate"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1, fused=True)
-    while True:
-        try:
-            _, batches = connection.recv()
-        except EOFError:
-            return
+
+    def train(_: str, batches: list[np.ndarray]) -> Took:
         wall, cpu = time.perf_counter(), time.process_time()
         for pair in batches:
             ids, labels = torch.from_numpy(pair.astype(np.int64)).to(device)
@@ -193,7 +190,9 @@ def serve_peer(connection: Connection, settings: dict[str, Any]) -> None:
             optimizer.zero_grad(set_to_none=True)
         if device == "cuda":
             torch.cuda.synchronize()
-        connection.send((time.perf_counter() - wall, time.process_time() - cpu))
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+    answer_all(connection, train)
 
 
 def gpt(shape: Shape) -> Any:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any, Self
 
 from common.errors import UserError
 
 
+def answer_all(connection: Connection, answer: Callable[[str, Any], Any]) -> None:
+    """In the peer's process: answer every (kind, what), until the other side is gone."""
+    while True:
+        try:
+            kind, what = connection.recv()
+        except EOFError:
+            return
+        connection.send(answer(kind, what))
+
+
 class Peer:
-    """`serve(connection, *arguments)` in a new process: it takes (kind, what) and answers, to an EOFError."""
+    """`serve(connection, *arguments)` in a new process, which ends with `answer_all`."""
 
     def __init__(self, serve: Callable[..., None], *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")

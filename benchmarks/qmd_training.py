@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peer import Peer
+from benchmarks.peer import Peer, answer_all
 from benchmarks.record import RESULTS, Record, compared
 from common.data.expansion import load_expansions
 from common.errors import UserError, run_command
@@ -238,18 +238,30 @@ def _adapted(base: Path) -> tuple[Any, ExpansionPrompts]:
 # --- the peers, in their own processes ---
 
 
+def reporting(callback: type) -> Any:
+    """A callback of either library that keeps what it is told of training, in `reports`."""
+
+    class Kept(callback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.reports: list[dict[str, float]] = []
+
+        def on_train_loss_report(self, train_info: dict[str, float]) -> None:
+            self.reports.append(train_info)
+
+    return Kept()
+
+
 def serve(connection: Any, base: str, options: dict[str, Any]) -> None:
     """Answer ("sft" or "grpo", None) with what `run` of our side returns."""
     sides: dict[str, Any] = {}
     kinds = {"sft": TheirSft, "grpo": TheirGrpo}
-    while True:
-        try:
-            kind, _ = connection.recv()
-        except EOFError:
-            return
+
+    def run(kind: str, _: Any) -> tuple[float, float]:
         if kind not in sides:
             sides[kind] = kinds[kind](Path(base), argparse.Namespace(**options))
-        connection.send(sides[kind].run())
+        return sides[kind].run()
+
+    answer_all(connection, run)
 
 
 class TheirSft:
@@ -275,12 +287,7 @@ class TheirSft:
         from mlx_lm.tuner.callbacks import TrainingCallback
         from mlx_lm.tuner.trainer import TrainingArgs, train
 
-        reports: list[dict[str, float]] = []
-
-        class Kept(TrainingCallback):
-            def on_train_loss_report(self, train_info: dict[str, float]) -> None:
-                reports.append(train_info)
-
+        kept = reporting(TrainingCallback)
         mx.reset_peak_memory()
         steps = self.options.steps
         with tempfile.TemporaryDirectory() as folder:
@@ -293,9 +300,9 @@ class TheirSft:
                 adapter_file=str(Path(folder) / "adapters.safetensors"),
             )
             train(
-                self.model, optim.AdamW(RATE), self.data, None, settings, training_callback=Kept()
+                self.model, optim.AdamW(RATE), self.data, None, settings, training_callback=kept
             )  # fmt: skip
-        return float(reports[-1]["tokens_per_second"]), mx.get_peak_memory() / 1e6
+        return float(kept.reports[-1]["tokens_per_second"]), mx.get_peak_memory() / 1e6
 
 
 class TheirGrpo:
@@ -321,11 +328,7 @@ class TheirGrpo:
         from mlx_lm_lora.trainer.grpo_trainer import GRPOTrainingArgs, train_grpo
         from mlx_lm_lora.trainer.sft_trainer import TrainingCallback
 
-        reports: list[dict[str, float]] = []
-
-        class Kept(TrainingCallback):
-            def on_train_loss_report(self, train_info: dict[str, float]) -> None:
-                reports.append(train_info)
+        kept = reporting(TrainingCallback)
 
         def share_of_vowels(prompts: Any, completions: Any, answer: Any, types: Any = None) -> list[float]:
             return [vowels(text) for text in completions]
@@ -352,11 +355,11 @@ class TheirGrpo:
                 self.data,
                 reward_funcs=[share_of_vowels],
                 args=settings,
-                training_callback=Kept(),
+                training_callback=kept,
                 end_answer_token="",
             )
-        _same_length(reports[-1]["train_average_generated_tokens"], float(options.tokens))
-        rate = reports[-1]["iterations_per_second"] * options.prompts * options.group
+        _same_length(kept.reports[-1]["train_average_generated_tokens"], float(options.tokens))
+        rate = kept.reports[-1]["iterations_per_second"] * options.prompts * options.group
         return rate, mx.get_peak_memory() / 1e6
 
 

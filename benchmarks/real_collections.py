@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.record import Record, Row
+from benchmarks.record import RESULTS, Record, Row
 from common.ablation import TERM_VARIANTS
 from common.backends import Encoder, Scorer, Scores, checkpoint_identity, load_encoder, load_scorer
 from common.checkpoint import read_json
@@ -307,11 +307,10 @@ def training_pairs(config: RerankerConfig, prepared: Prepared) -> Iterator[tuple
     directory = resolve_model(config.model.base, say=lambda _: None)
     tokenizer = PairTokenizer(directory, data.max_query_tokens, data.max_passage_tokens)
     plan = ListPlan(training, tokenizer, data, config.train.batch_size, config.train.seed, False)
-    cut = Cutter(directory)
     texts = sorted({text for item in training for text in (*item.positives, *item.negatives)})
     ids, _ = tokenizer.passage_ids(texts)
-    passages = dict(zip(map(tuple, ids), cut(texts, data.max_passage_tokens), strict=True))
-    queries = cut([item.query for item in training], data.max_query_tokens)
+    passages = dict(zip(map(tuple, ids), tokenizer.cut(texts, data.max_passage_tokens), strict=True))
+    queries = tokenizer.cut([item.query for item in training], data.max_query_tokens)
     query_ids, _ = tokenizer.query_ids([item.query for item in training])
     for step in range(planned_steps(config.train, len(plan))):
         batch = plan.batch(step)
@@ -387,12 +386,12 @@ class PeerDev:
         self.steps = {max(1, round(steps * (i + 1) / count)) for i in range(count)}
         self.limits = (config.data.max_query_tokens, config.data.max_passage_tokens)
         self.qrels, self.first = dev_candidates(config, prepared)
-        self.cutter = Cutter(resolve_model(config.model.base, say=lambda _: None))
+        self.tokenizer = PairTokenizer(resolve_model(config.model.base, say=lambda _: None), *self.limits)
         self.best: dict[str, Any] = {}
 
     def evaluate(self, step: int) -> None:
         pairs = [(query, passage) for query, run in self.first.items() for passage in run]
-        scorer = PeerScorer(self.model, self.cutter, self.limits)
+        scorer = PeerScorer(self.model, self.tokenizer)
         scores = scorer.score(
             [self.data.queries[q] for q, _ in pairs], [self.data.corpus[p] for _, p in pairs]
         )
@@ -428,39 +427,21 @@ class PeerDev:
 # --- the peer as a scorer ---
 
 
-class Cutter:
-    """Cuts texts after a number of word pieces, so that both libraries read the same words."""
-
-    def __init__(self, directory: Path) -> None:
-        from tokenizers import Tokenizer
-
-        self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-
-    def __call__(self, texts: Sequence[str], limit: int) -> list[str]:
-        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return [
-            text if len(encoding.ids) <= limit else text[: encoding.offsets[limit - 1][1]]
-            for text, encoding in zip(texts, encodings, strict=True)
-        ]
-
-
 class PeerScorer:
-    """A CrossEncoder as a common.backends.Scorer: its logit as the full and as the portable score."""
+    """A CrossEncoder as a common.backends.Scorer: its logit as the full and as the portable score; texts are
+    cut before, so that both libraries read the same words."""
 
     name = "sentence-transformers"
 
     def __init__(
         self,
         model: Any,
-        cutter: Cutter,
-        limits: tuple[int, int],
+        tokenizer: PairTokenizer,
         *,
         identity: str = "",
         fusion_weight: float = 0.0,
     ) -> None:
-        self.model, self.cutter, self.limits = model, cutter, limits
+        self.model, self.tokenizer = model, tokenizer
         self.identity, self.fusion_weight = identity, fusion_weight
 
     def score(
@@ -471,8 +452,13 @@ class PeerScorer:
     ) -> Scores:
         import torch
 
+        cut, tokenizer = self.tokenizer.cut, self.tokenizer
         pairs = list(
-            zip(self.cutter(queries, self.limits[0]), self.cutter(passages, self.limits[1]), strict=True)
+            zip(
+                cut(queries, tokenizer.max_query_tokens),
+                cut(passages, tokenizer.max_passage_tokens),
+                strict=True,
+            )
         )
         found = [np.zeros(0, np.float32)]
         for start in range(0, len(pairs), 512):
@@ -506,8 +492,7 @@ def load_peer(run: Path, limits: tuple[int, int] | None) -> PeerScorer:
     directory = run / "best"
     return PeerScorer(
         CrossEncoder(str(directory), max_length=sum(limits) + 3),
-        Cutter(directory),
-        limits,
+        PairTokenizer(directory, *limits),
         identity=checkpoint_identity(directory, PEER, limits),
         fusion_weight=result["fusion_weight"],
     )
@@ -848,7 +833,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=[name for name, settings in COLLECTIONS.items() if settings.trained],
         help="whose checkpoints are measured, instead of the collection's own",
     )
-    table.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    table.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args(argv)
 
 

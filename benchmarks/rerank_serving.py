@@ -25,14 +25,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peer import Peer
-from benchmarks.record import Record, compared
+from benchmarks.peer import Peer, answer_all
+from benchmarks.record import RESULTS, Record, compared
 from common.backends import Scorer, load_scorer
 from common.checkpoint import CONFIG_FILE, HEAD_FILE, ONNX_FILE, to_json, write_directory
 from common.data.sources import load_ranking_data
 from common.errors import UserError, run_command
 from common.export import Exported, Precision
 from common.hub import resolve_model
+from common.metrics.latency import percentiles
 from common.retrieval.lexical import bm25_run
 from common.text import PairTokenizer
 
@@ -182,8 +183,7 @@ def rows(
         return [count / sum(times) for count, times in zip(tokens, seconds[name], strict=True)]
 
     def times(name: str) -> dict[str, float]:
-        every = np.concatenate([np.asarray(part) for part in seconds[name]]) * 1e3
-        return {f"p{part}": float(np.percentile(every, part)) for part in (50, 95, 99)}
+        return percentiles(np.concatenate([np.asarray(part) for part in seconds[name]]).tolist())
 
     made = []
     for what, mine, theirs in ROWS:
@@ -220,12 +220,7 @@ def serve_peer(connection: Connection, directory: str, folder: str) -> None:
         models[f"onnx {precision}"] = scoring(over_onnxruntime(directory, path))
         models[f"flashrank {precision}"] = over_flashrank(directory, path)
 
-    while True:
-        try:
-            kind, asked = connection.recv()
-        except EOFError:
-            return
-        connection.send(timed(models[kind], asked))
+    answer_all(connection, lambda kind, asked: timed(models[kind], asked))
 
 
 def peer_exports(directory: str, folder: Path) -> tuple[Path, Path]:
@@ -313,7 +308,7 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--queries", type=int, default=10, help="queries of a repetition")
     parser.add_argument("--depth", type=int, default=50, help="passages of a query")
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--results", default=str(ROOT / "benchmarks" / "results"), help="where the JSON goes")
+    parser.add_argument("--results", default=str(RESULTS), help="where the JSON goes")
     parser.add_argument("--quick", action="store_true", help="two queries, five passages, one repetition")
     options = parser.parse_args(arguments)
     if options.quick:

@@ -20,8 +20,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.peer import Peer
-from benchmarks.record import Record, compared, device_name
+from benchmarks.peer import Peer, answer_all
+from benchmarks.record import RESULTS, Record, compared, device_name
 from common.config import DataConfig, EvalConfig, ModelConfig, RerankerConfig, TrainConfig
 from common.errors import UserError, run_command
 
@@ -181,11 +181,8 @@ def serve_peer(
         model = CrossEncoder(directory, num_labels=1, device=device, config_kwargs=dict(settings))
         trained[kind] = peer_step(model, learning_rate)
     scorer = CrossEncoder(directory, num_labels=1, device=device, model_kwargs=half)
-    while True:
-        try:
-            kind, pairs = connection.recv()
-        except EOFError:
-            return
+
+    def took(kind: str, pairs: Pairs) -> float:
         random.Random(0).shuffle(pairs)
         start = time.perf_counter()
         if kind == "score":
@@ -195,7 +192,9 @@ def serve_peer(
                 trained[kind](pairs[first : first + size])
         if device == "cuda":
             torch.cuda.synchronize()
-        connection.send(time.perf_counter() - start)
+        return time.perf_counter() - start
+
+    answer_all(connection, took)
 
 
 def peer_step(model: Any, learning_rate: float) -> Callable[[Pairs], None]:
@@ -261,7 +260,7 @@ def speed_options(description: str | None, arguments: Sequence[str] | None = Non
     parser.add_argument("--list-size", type=int, default=4, help="pairs in a list")
     parser.add_argument("--steps", type=int, default=4, help="steps in a repetition")
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--results", default=str(ROOT / "benchmarks" / "results"), help="where the JSON goes")
+    parser.add_argument("--results", default=str(RESULTS), help="where the JSON goes")
     parser.add_argument("--quick", action="store_true", help="one step and one repetition")
     options = parser.parse_args(arguments)
     if options.quick:

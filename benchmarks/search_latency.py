@@ -20,9 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from benchmarks.record import Record, compared
+from benchmarks.record import RESULTS, Record, compared
 from benchmarks.rerank_serving import OURS, exported, write_exported
 from common.backends import Encoder, Scorer, load_encoder, load_scorer
 from common.data.records import RankingData
@@ -30,6 +28,7 @@ from common.data.sources import load_split_data
 from common.errors import UserError, run_command
 from common.evaluation import chosen_qrels
 from common.hub import resolve_model
+from common.metrics.latency import percentiles
 from common.metrics.ranking import evaluate_run, mean
 from common.rag import RAGPipeline
 from common.report import Table, tables_text
@@ -37,7 +36,6 @@ from common.retrieval.documents import Chunking
 from common.text import PairTokenizer
 from jax_impl.export.onnx import export_bi_encoder
 
-ROOT = Path(__file__).resolve().parents[1]
 METRIC = "nDCG@10"
 STAGES = ("retrieve", "rerank", "total")
 WHOLE = Chunking(max_tokens=1 << 20)
@@ -51,7 +49,7 @@ class Measured:
     run: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def milliseconds(self, stage: str) -> dict[str, float]:
-        return {f"p{p}": float(np.percentile(self.seconds[stage], p)) * 1e3 for p in (50, 95, 99)}
+        return percentiles(self.seconds[stage])
 
 
 Setting = tuple[str, int, int]  # precision, depth, passage tokens
@@ -212,7 +210,7 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--cuts", type=int, nargs="*", default=[64, 128], help="the curve over passage length"
     )
     parser.add_argument("--target", type=float, help="the p95 that is wanted of INT8, milliseconds")
-    parser.add_argument("--results", default=str(ROOT / "benchmarks" / "results"), help="where the JSON goes")
+    parser.add_argument("--results", default=str(RESULTS), help="where the JSON goes")
     parser.add_argument("--quick", action="store_true", help="three queries, five passages, no curves")
     options = parser.parse_args(arguments)
     if options.quick:

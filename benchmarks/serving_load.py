@@ -32,6 +32,7 @@ import psutil
 from common.checkpoint import to_json, write_file
 from common.data.sources import load_ranking_data
 from common.errors import UserError, run_command
+from common.metrics.latency import percentiles
 from common.retrieval.lexical import bm25_run
 from common.runs import environment, git_commit
 
@@ -196,10 +197,7 @@ def summary(counts: Counts, memory: list[int], options: argparse.Namespace) -> d
         "statuses": dict(counts.statuses),
         "wrong": counts.wrong[:10],
         "fallbacks": counts.fallbacks,
-        "milliseconds": {
-            path: dict(zip(("p50", "p95", "p99"), np.percentile(seconds, (50, 95, 99)) * 1e3, strict=True))
-            for path, seconds in counts.seconds.items()
-        },
+        "milliseconds": {path: percentiles(seconds) for path, seconds in counts.seconds.items()},
         "memory_mb": {"early": early / 1e6, "late": late / 1e6, "most": max(memory) / 1e6},
         "passed": answered and not others and not counts.wrong and bool(late < GROWTH * early),
     }

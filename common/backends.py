@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -41,6 +41,9 @@ class Scores:
     resonance: NDArray[np.float32]
     overlap: NDArray[np.float32]
     coherence: NDArray[np.float32]
+
+
+SCORES = tuple(field.name for field in fields(Scores))  # their names, in order
 
 
 class Encoder(Protocol):

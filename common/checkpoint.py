@@ -254,6 +254,7 @@ def _save_tokenizer(save: Callable[[Path], None], directory: Path) -> None:
 
 
 def sync(path: Path) -> None:
+    """Wait until a file, or what a folder lists, lies on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -15,7 +15,7 @@ import numpy as np
 
 from common import report
 from common.analysis_view import confidence_table
-from common.backends import Encoder, Scorer, Scores
+from common.backends import SCORES, Encoder, Scorer, Scores
 from common.cache import read_cache, write_cache
 from common.checkpoint import write_file
 from common.confidence import ConfidenceResult, confidence_results
@@ -26,7 +26,7 @@ from common.errors import UserError
 from common.metrics.calibration import Confidence
 from common.metrics.ranking import DEFAULT_METRICS, evaluate_run, mean, ranked
 from common.metrics.significance import bootstrap_interval, paired_randomisation, randomisation_draws
-from common.prepare import Prepared, cache_root, candidates, source_stages
+from common.prepare import Prepared, cache_root, candidates
 from common.progress import progress
 from common.report import tables_text
 from common.retrieval.fusion import fuse_runs
@@ -34,7 +34,6 @@ from common.retrieval.fusion import fuse_runs
 Kind = Literal["first stage", "alone", "fused", "portable"]
 SAMPLES = 10_000  # draws of every interval, and of the tests that are not exact
 _CHUNK = 8192  # pairs scored between two writes of the cache
-_FIELDS = ("score", "portable", "resonance", "overlap", "coherence")
 
 
 @dataclass(frozen=True)
@@ -212,8 +211,7 @@ def evaluate_recipe(
     settings, split = config.evaluation, config.data.test_split
     judged = settings.candidates == "judged"
     tables = []
-    chosen = source_stages(config, prepared)
-    stages = {part.fingerprint: chosen[name] for name, part in prepared.data.parts.items() if name in chosen}
+    sources = {part.fingerprint: name for name, part in prepared.data.parts.items()}
     for data, own in held_out(prepared.data, split, judged):
         longest = max(map(len, data.split(split).values()), default=0)
         tables.append(
@@ -223,7 +221,7 @@ def evaluate_recipe(
                 candidates(data, split, encoder, own, depth=settings.depth),
                 scorers,
                 depth=longest if own else settings.depth,
-                pools=(stages.get(data.fingerprint, prepared.first_stage),),
+                pools=(prepared.stages.get(sources.get(data.fingerprint, ""), prepared.first_stage),),
                 cache_dir=cache_root(),
                 metrics=tuple(dict.fromkeys((settings.metric, *DEFAULT_METRICS))),
                 confidences=confidences,
@@ -312,7 +310,7 @@ def score_pairs(
             query: {passage: float(known[query, passage][place]) for passage in passages}
             for query, passages in pairs.items()
         }
-        for place, name in enumerate(_FIELDS)
+        for place, name in enumerate(SCORES)
     }
 
 
@@ -322,7 +320,7 @@ def _score_chunk(
     scores: Scores = scorer.score(
         [data.queries[query] for query, _ in chunk], [data.corpus[passage] for _, passage in chunk], on_batch
     )
-    values = np.stack([getattr(scores, name) for name in _FIELDS], axis=1)  # [N, 5]
+    values = np.stack([getattr(scores, name) for name in SCORES], axis=1)  # [N, 5]
     broken = ~np.isfinite(values[:, :2]).all(axis=1)
     if broken.any():
         query, passage = chunk[int(np.argmax(broken))]

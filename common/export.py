@@ -23,6 +23,7 @@ from common.checkpoint import (
 )
 from common.data.records import Qrels, RankingData, Run
 from common.errors import UserError
+from common.metrics.latency import percentiles
 from common.metrics.ranking import evaluate_run, mean, ranked
 from common.progress import progress
 from common.report import Table
@@ -32,6 +33,7 @@ Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 MODEL_FILES: dict[Format, str] = {"onnx": ONNX_FILE, "gguf": GGUF_FILE}
 METRIC = "nDCG@10"
+MAX_LOSS = 0.005  # of it, beyond which an export is refused
 Judge = Callable[[str, Sequence[str]], NDArray[np.float32]]  # a query and L passages -> scores [L]
 
 
@@ -150,13 +152,12 @@ def measure(judge: Judge, directory: Path, data: RankingData, stage: Run, qrels:
             seconds.append(time.perf_counter() - began)
             scores[query] = dict(zip(names, map(float, found), strict=True))
             steps.advance(1)
-    times = np.percentile(np.asarray(seconds) * 1e3, (50, 95, 99))
     judged = {query: qrels[query] for query in scores}
     pairs = sum(map(len, scores.values()))
     return Measured(
         weights_size(directory) / 1e6,
         mean(evaluate_run(scores, judged, (METRIC,))[METRIC]),
-        dict(zip(("p50", "p95", "p99"), map(float, times), strict=True)),
+        percentiles(seconds),
         pairs / sum(seconds),
         scores,
     )

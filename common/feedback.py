@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from common.errors import UserError
 
@@ -160,17 +160,19 @@ class FeedbackStore:
 
     def _rows(self, table: str, since: float | None, until: float | None) -> Iterator[tuple]:
         """Rows of a time range, read a block at a time, so that a writer is never kept waiting."""
-        key = "id" if table == "searches" else "search, document"
+        places = {"searches": (1, 0), "feedback": (3, 0, 1)}[table]  # of time and the key in a row
+        order = {"searches": "time, id", "feedback": "time, search, document"}[table]
         begin, end = ("-inf" if since is None else since), ("inf" if until is None else until)
-        query = f"select * from {table} where time >= ? and time < ? order by time, {key} limit 1000 offset ?"
-        offset = 0
+        marks = ", ".join("?" * len(places))
+        query = f"select * from {table} where ({order}) > ({marks}) and time < ? order by {order} limit 1000"
+        after: tuple[Any, ...] = (float(begin), *[""] * (len(places) - 1))  # no key is empty
         while True:
             with self._connection() as sql:
-                block = sql.execute(query, (float(begin), float(end), offset)).fetchall()
+                block = sql.execute(query, (*after, float(end))).fetchall()
             yield from block
             if len(block) < 1000:
                 return
-            offset += len(block)
+            after = tuple(block[-1][place] for place in places)
 
     def _write(self, statement: str, row: tuple) -> None:
         try:

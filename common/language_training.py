@@ -18,7 +18,7 @@ from common.data.language import LanguageBatch
 from common.errors import UserError
 from common.hub import resolve_model
 from common.language import LanguageModelConfig, language_config, parameter_count
-from common.language_evaluation import LanguageResult, SegmentScorer, evaluate_perplexity
+from common.language_evaluation import LanguageResult, evaluate_perplexity
 from common.language_text import TOKENIZER_FILE, load_tokenizer
 from common.prepare_language import PreparedLanguage, plan_language
 from common.runs import environment
@@ -28,11 +28,9 @@ from common.training import Notes, TrainingLoop, finite, planned_steps
 class LanguageLoop(TrainingLoop[LanguageResult, LanguageBatch]):
     """One run of a recipe; see TrainingLoop.
 
-    A backend adds `scorer` and `write`. Raises UserError for a recipe that does not fit data or base, before
-    anything is written.
+    `scorer` of a backend gives a SegmentScorer. Raises UserError for a recipe that does not fit data or base,
+    before anything is written.
     """
-
-    device: str | None = None  # the accelerator in words
 
     def __init__(
         self, recipe: LanguageRecipe, prepared: PreparedLanguage, *, say: Callable[[str], None] = print
@@ -53,17 +51,6 @@ class LanguageLoop(TrainingLoop[LanguageResult, LanguageBatch]):
             f"({self.steps / len(self.plan):.2f} epochs) of {train.batch_size} x {train.unroll} x "
             f"{recipe.model.context} tokens"
         )
-
-    def scorer(self) -> SegmentScorer:
-        """The model as it is now, its averaged weights where there are some."""
-        raise NotImplementedError
-
-    def write(self, directory: Path, training: dict[str, Any], card: str) -> None:
-        """Write the model as `scorer` has it to a checkpoint directory."""
-        raise NotImplementedError
-
-    def _learning_rate(self, step: int) -> float:
-        raise NotImplementedError
 
     def _batches(self) -> Any:
         return self.plan.loader(self.steps)

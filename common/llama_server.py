@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,12 +84,8 @@ class LlamaServer:
 
     def tokens(self, text: str) -> list[int]:
         """llama.cpp's tokens of a text, special ones included."""
-        body = json.dumps({"content": text, "add_special": True, "parse_special": False}).encode()
-        request = urllib.request.Request(
-            f"{self._server.listening_address}/tokenize", body, {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return [int(token) for token in json.load(answer)["tokens"]]
+        body = {"content": text, "add_special": True, "parse_special": False}
+        return [int(token) for token in post(self._server, "/tokenize", body)["tokens"]]
 
     def _asked(self, answer: dict[str, Any]) -> dict[str, Any]:
         if "error" in answer or answer.get("code"):
@@ -113,6 +109,14 @@ class LlamaServer:
                 "that constraints.txt names, or export to ONNX."
             )
         self.apart |= found
+
+
+def post(server: Any, path: str, body: Mapping[str, Any]) -> Any:
+    """What a running xllamacpp.Server answers to JSON."""
+    url = server.listening_address + path
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=600) as answer:
+        return json.load(answer)
 
 
 def of_llama_server(server: LlamaServer, kind: Literal["cross-encoder", "bi-encoder"]) -> Judge:

@@ -19,6 +19,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.feedback import Feedback, FeedbackStore, Search
+from common.metrics.latency import percentiles
 from common.metrics.ranking import evaluate_run
 from common.metrics.significance import bootstrap_interval
 from common.report import Table, line_chart, page, table_html
@@ -108,7 +109,7 @@ def monitor(store: FeedbackStore, *, days: float = 7.0, until: float | None = No
     searches = list(store.searches(until=until))
     if not searches:
         raise UserError(f"{store.path}: no searches yet; start the service with this file, and search.")
-    votes = [vote for vote in store.feedback(until=until)]
+    votes = list(store.feedback(until=until))
     values = judged(searches, votes)
     count = math.ceil((until - searches[0].time) / (days * DAY)) or 1
     if count > _WINDOWS:
@@ -293,11 +294,8 @@ def _window(
     stages: dict[str, list[float]] = {}
     for search in searches:
         for stage, seconds in search.latency.items():
-            stages.setdefault(stage, []).append(seconds * 1e3)
-    latency = {
-        stage: {f"p{part}": float(np.percentile(times, part)) for part in (50, 95, 99)}
-        for stage, times in stages.items()
-    }
+            stages.setdefault(stage, []).append(seconds)
+    latency = {stage: percentiles(times) for stage, times in stages.items()}
     return Window(
         begin,
         end,

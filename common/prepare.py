@@ -41,6 +41,11 @@ class Prepared:
     dropped: dict[str, int]  # training queries left out, by reason
     first_stage: str  # the one to rerank
     old: lists.StoredLists | None = None  # unlabelled lists of the old domain, which a retraining preserves
+    stages: Mapping[str, str] = dataclasses.field(default_factory=dict)  # source of combined data -> its own
+
+    def stage_of(self, query: str) -> str:
+        """The first stage to rerank for a query of the data."""
+        return self.stages.get(source_of(query), self.first_stage)
 
 
 def cache_root() -> Path:
@@ -168,7 +173,8 @@ def prepare(
     lost = "".join(f", {count:,} {reason} dropped" for reason, count in (data.dropped | dropped).items())
     say(f"training lists: {len(training):,}{lost}")
     preserved = None if old is None else _old_lists(config, old, encoder, say)
-    return Prepared(data, training, dev, dropped, _first_stage(config, data, dev), preserved)
+    stage, stages = _chosen_stages(config, data, dev)
+    return Prepared(data, training, dev, dropped, stage, preserved, stages)
 
 
 def _shared(settings: DataConfig, data: RankingData) -> str:
@@ -196,42 +202,25 @@ def _old_lists(
     return lists.read_lists(lists.write_lists(made, cache_root() / "lists"))
 
 
-def _first_stage(config: RerankerConfig, data: RankingData, dev: dict[str, Run]) -> str:
-    """The recipe's first stage; for `auto` the one that ranks dev best, every source counted alike."""
-    if config.evaluation.first_stage != "auto":
-        return config.evaluation.first_stage
-    return best_stage(list(_stage_metrics(config, data, dev).values()))
-
-
-def best_stage(metrics: Sequence[Mapping[str, float]]) -> str:
-    """The first stage with the largest mean; each mapping holds the metric of every stage."""
-    return max(metrics[0], key=lambda stage: sum(of[stage] for of in metrics))
-
-
-def source_stages(config: RerankerConfig, prepared: Prepared) -> dict[str, str]:
-    """Of combined data: the first stage to rerank of each source that has dev queries; the recipe's own, or
-    for `auto` the one that ranks that source's dev best. Empty for data of one source."""
-    if not prepared.data.parts:
-        return {}
-    if config.evaluation.first_stage != "auto":
-        return dict.fromkeys(prepared.data.parts, config.evaluation.first_stage)
-    metrics = _stage_metrics(config, prepared.data, prepared.dev)
-    return {source: best_stage([of]) for source, of in metrics.items()}
-
-
-def _stage_metrics(
+def _chosen_stages(
     config: RerankerConfig, data: RankingData, dev: Mapping[str, Run]
-) -> dict[str, dict[str, float]]:
-    """Source (of combined data, else one) -> first stage -> its metric on that source's dev queries."""
+) -> tuple[str, dict[str, str]]:
+    """The first stage to rerank, and of combined data that of each source with dev queries: the recipe's own;
+    for `auto` what ranks dev best, every source counted alike, and what ranks that source's dev best."""
+    if config.evaluation.first_stage != "auto":
+        return config.evaluation.first_stage, {}
     metric, qrels = config.evaluation.metric, data.split(config.data.dev_split)
     values = {stage: evaluate_run(run, qrels, (metric,))[metric] for stage, run in dev.items()}
     sources: dict[str, list[str]] = {}
     for query in qrels:
         sources.setdefault(source_of(query) if data.parts else "", []).append(query)
-    return {
+    means = {
         source: {stage: mean({query: of[query] for query in queries}) for stage, of in values.items()}
         for source, queries in sources.items()
     }
+    best = max(dev, key=lambda stage: sum(of[stage] for of in means.values()))
+    stages = {source: max(of, key=lambda stage: of[stage]) for source, of in means.items()}
+    return best, stages if data.parts else {}
 
 
 def plan_batches(
@@ -377,11 +366,7 @@ def dev_candidates(config: RerankerConfig, prepared: Prepared) -> tuple[Qrels, R
     qrels = {
         query: judged[query] for query in dev_queries(judged, settings.dev_queries, by_part=bool(data.parts))
     }
-    stages = source_stages(config, prepared)
-    stage = {
-        query: prepared.dev[stages[source_of(query)] if stages else prepared.first_stage].get(query, {})
-        for query in qrels
-    }
+    stage = {query: prepared.dev[prepared.stage_of(query)].get(query, {}) for query in qrels}
     depth = None if settings.candidates == "judged" and not data.parts else settings.dev_depth
     return qrels, {
         query: {passage: stage[query][passage] for passage in ranked(stage[query], depth)}

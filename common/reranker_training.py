@@ -93,25 +93,15 @@ class DevSet:
         return DevResult(table[0.0], table[omega], alone, omega, float(np.mean(spread)), confidence)
 
 
-class LoadedModel(Protocol):
-    """What the loop reads of a loaded reranker: LoadedReranker of a backend."""
-
-    @property
-    def start(self) -> str: ...
-    @property
-    def settings(self) -> dict[str, Any]: ...
-
-
 class RerankerLoop(TrainingLoop[DevResult, ListBatch]):
     """One run of a recipe; see TrainingLoop.
 
-    A backend sets `loaded`, `plan` and `dev` too, and adds `scorer` and `write`. Raises UserError for a
+    A backend sets `loaded`, `plan` and `dev` too; `scorer` gives an EncodedScorer. Raises UserError for a
     recipe that does not fit base, data or devices, before anything is written.
     """
 
     evaluates_start = True
-    device: str | None = None  # the accelerator in words
-    loaded: Any  # LoadedModel, which a backend knows better
+    loaded: Any  # a backend's LoadedReranker
     plan: ListPlan
     dev: DevSet
 
@@ -124,17 +114,6 @@ class RerankerLoop(TrainingLoop[DevResult, ListBatch]):
         data = config.data
         self.tokenizer = PairTokenizer(self.base, data.max_query_tokens, data.max_passage_tokens)
         self._original: str | None = None  # what identifies the frozen original, where the run preserves it
-
-    def scorer(self) -> EncodedScorer:
-        """The model as it is now."""
-        raise NotImplementedError
-
-    def write(self, directory: Path, training: dict[str, Any], card: str) -> None:
-        """Write the model as `scorer` has it to a checkpoint directory."""
-        raise NotImplementedError
-
-    def _learning_rate(self, step: int) -> float:
-        raise NotImplementedError
 
     def _planned(self, plan: ListPlan, where: str) -> None:
         """Take the plan of all batches; say how the run begins, and `where` it computes."""

@@ -28,18 +28,7 @@ Notes = dict[str, Any]  # what a run knows beside its arrays; JSON, saved with e
 
 
 class Pace(Protocol):
-    """How often a run evaluates and saves, and when it gives up: a part of every recipe."""
-
-    @property
-    def evaluations(self) -> int: ...
-    @property
-    def patience(self) -> int | None: ...
-    @property
-    def checkpoint_every(self) -> int: ...
-
-
-class Length(Protocol):
-    """How long a run is: a part of every recipe."""
+    """How long a run is, how often it evaluates and saves, when it gives up: a part of every recipe."""
 
     @property
     def epochs(self) -> float: ...
@@ -47,6 +36,12 @@ class Length(Protocol):
     def min_steps(self) -> int: ...
     @property
     def max_steps(self) -> int | None: ...
+    @property
+    def evaluations(self) -> int: ...
+    @property
+    def patience(self) -> int | None: ...
+    @property
+    def checkpoint_every(self) -> int: ...
 
 
 class States(Protocol):
@@ -63,6 +58,7 @@ class TrainingLoop(Generic[Result, Batch]):
     """
 
     steps: int
+    device: str | None = None  # the accelerator in words
     processes = Processes()
     evaluates_start = False  # before the first step too
 
@@ -90,6 +86,17 @@ class TrainingLoop(Generic[Result, Batch]):
         raise NotImplementedError
 
     def _one_step(self, step: int, batch: Batch) -> Mapping[str, Any]:
+        raise NotImplementedError
+
+    def _learning_rate(self, step: int) -> float:
+        raise NotImplementedError
+
+    def scorer(self) -> Any:
+        """The model as it is now, its averaged weights where there are some, to be evaluated."""
+        raise NotImplementedError
+
+    def write(self, directory: Path, training: dict[str, Any], card: str) -> None:
+        """Write the model as `scorer` has it to a checkpoint directory."""
         raise NotImplementedError
 
     # --- what the thing that is trained brings ---
@@ -220,11 +227,11 @@ class TrainingLoop(Generic[Result, Batch]):
                 self._write(directory, step, result)
 
 
-def planned_steps(length: Length, steps_per_epoch: int) -> int:
+def planned_steps(pace: Pace, steps_per_epoch: int) -> int:
     """Optimizer steps of a run: `epochs` of the data, at least `min_steps`, at most `max_steps`."""
-    wanted = round(length.epochs * steps_per_epoch) if length.epochs else length.max_steps or 0
-    wanted = max(1, wanted, length.min_steps)
-    return min(wanted, length.max_steps or wanted)
+    wanted = round(pace.epochs * steps_per_epoch) if pace.epochs else pace.max_steps or 0
+    wanted = max(1, wanted, pace.min_steps)
+    return min(wanted, pace.max_steps or wanted)
 
 
 @contextlib.contextmanager

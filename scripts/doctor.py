@@ -27,6 +27,7 @@ import tyro
 from common.backends import load_encoder, load_scorer
 from common.checkpoint import EXPORT_FILE, read_json
 from common.errors import UserError, run_command
+from common.export import MAX_LOSS
 from common.feedback import FeedbackStore
 from common.hub import resolve_model
 from common.monitoring import monitor
@@ -38,7 +39,6 @@ from common.retrieval.index import PassageIndex
 Status = Literal["ok", "note", "FAIL"]
 SERVING = ("onnxruntime", "fastapi", "uvicorn", "prometheus_client")
 FREE_DISK, FREE_MEMORY = 2.0, 1.0  # GiB, below which a service is in danger
-MAX_LOSS = 0.005  # of the NDCG, as scripts/export.py refuses it
 
 
 @dataclasses.dataclass(frozen=True)

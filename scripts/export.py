@@ -26,6 +26,7 @@ from common.data.sources import load_split_data
 from common.errors import UserError, run_command
 from common.evaluation import chosen_qrels
 from common.export import (
+    MAX_LOSS,
     Exported,
     Format,
     Judge,
@@ -70,7 +71,7 @@ class Args:
     """How many of the split's queries, the first by id."""
     depth: int = 20
     """Passages of a query, the best of BM25."""
-    max_loss: float = 0.5
+    max_loss: float = 100 * MAX_LOSS
     """Percent of the source's nDCG@10 that an export may lose; a worse one is not written."""
     force: bool = False
     """Writes it all the same."""

@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -113,16 +113,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     _serve(server)
 
 
-def _serve(server: object) -> None:
+def _serve(server: Any) -> None:
     """Say where, once it listens, then serve until a signal."""
     import asyncio
 
     async def run() -> None:
-        serving = asyncio.create_task(server.serve())  # type: ignore[attr-defined]
-        while not server.started and not serving.done():  # type: ignore[attr-defined]
+        serving = asyncio.create_task(server.serve())
+        while not server.started and not serving.done():
             await asyncio.sleep(0.05)
-        if server.started:  # type: ignore[attr-defined]
-            host, port = server.servers[0].sockets[0].getsockname()[:2]  # type: ignore[attr-defined]
+        if server.started:
+            host, port = server.servers[0].sockets[0].getsockname()[:2]
             print(f"serving on http://{host}:{port}", flush=True)
         await serving
 
@@ -131,12 +131,17 @@ def _serve(server: object) -> None:
 
 def _service(args: Args) -> tuple:
     """The service, and what watches the registry for it (None without one)."""
+    from common.service.batching import BatchedScorer
     from common.service.core import Reloader, Service, reranker_of, start_reranker
     from common.service.metrics import Metrics
 
     say = functools.partial(print, file=sys.stderr)
+    others = "auto" if args.backend == "onnx" else args.backend  # ONNX is of the reranker alone
     metrics = Metrics()
-    start = functools.partial(_started, args, metrics, reranker_of, start_reranker)
+
+    def start(directory: Path) -> BatchedScorer:
+        return start_reranker(reranker_of(directory, args.backend), metrics, patience=args.patience)
+
     registry = Registry(args.registry) if args.registry is not None else None
     seen = registry.current_version(args.registry_name) if registry is not None else None
     directory = registry.current(args.registry_name) if registry is not None else None
@@ -152,7 +157,7 @@ def _service(args: Args) -> tuple:
         retrieval=retrieval,
         index_dir=args.index,
         deadline=args.deadline,
-        backend="auto" if args.backend == "onnx" else args.backend,
+        backend=others,
         say=say,
     )
     if args.documents is not None:
@@ -163,18 +168,13 @@ def _service(args: Args) -> tuple:
     if args.language_model is not None:
         from common.language_samples import load_generator
 
-        language_backend = "auto" if args.backend == "onnx" else args.backend
-        generator = load_generator(args.language_model, language_backend, say=say)
+        generator = load_generator(args.language_model, others, say=say)
     scorer = start(directory) if directory is not None else None
     if scorer is not None:
         rag.set_reranker(scorer, confidence=load_confidence(directory))
     service = Service(rag, scorer, feedback, metrics, generator=generator, deadline=args.request_seconds)
     watching = registry and Reloader(service, registry, args.registry_name, start, seen)
     return service, watching
-
-
-def _started(args: Args, metrics: object, of: object, start: object, directory: Path) -> object:
-    return start(of(directory, args.backend), metrics, patience=args.patience)  # type: ignore[operator]
 
 
 def _documents(path: Path) -> list[object]:

@@ -19,11 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.backends import Scorer, Scores
+from common.backends import SCORES, Scorer, Scores
 from common.errors import UserError
 
 MAX_PAIRS = 64  # of a batch; a longer request is scored in several, others' pairs between them
-_FIELDS = ("score", "portable", "resonance", "overlap", "coherence")
 _POLL = 0.02  # seconds between two looks at whether the caller still waits
 
 
@@ -108,8 +107,8 @@ class BatchedScorer:
         Raises UnavailableError without a process, and UserError for what the model refuses.
         """
         if not queries:
-            return Scores(*(np.zeros(0, np.float32) for _ in _FIELDS))
-        job = _Job(list(queries), list(passages), np.zeros((len(_FIELDS), len(queries)), np.float32))
+            return Scores(*(np.zeros(0, np.float32) for _ in SCORES))
+        job = _Job(list(queries), list(passages), np.zeros((len(SCORES), len(queries)), np.float32))
         with self._changed:
             if self._closing or not self.up:
                 raise UnavailableError("the reranker's process is " + ("closed" if self._closing else "down"))
@@ -276,7 +275,7 @@ def _serve(connection: Connection, load: Callable[[], Scorer]) -> None:
             return
         try:
             found = scorer.score(queries, passages)
-            answer: tuple[str, Any] = ("scores", np.stack([getattr(found, name) for name in _FIELDS]))
+            answer: tuple[str, Any] = ("scores", np.stack([getattr(found, name) for name in SCORES]))
         except Exception as error:
             answer = ("error", str(error) if isinstance(error, UserError) else repr(error))
         try:

@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError, listed
+from common.llama_server import post
 from common.prompts import ExpansionPrompts, load_tokenizer
 
 TEXTS = (
@@ -147,19 +147,13 @@ def serve(file: str, question: str, answer: str) -> None:
     parameters.n_gpu_layers = 0
     server = xllamacpp.Server(parameters)
 
-    def post(path: str, body: dict[str, Any]) -> Any:
-        url = server.listening_address + path
-        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=600) as reply:
-            return json.load(reply)
-
     settings = {"n_predict": STEPS, "n_probs": LIKELIEST, "temperature": 0, "cache_prompt": False}
     tokens = [
-        post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
+        post(server, "/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
         for text in wanted["texts"]
     ]
     steps = [
-        post("/completion", {"prompt": prompt, **settings})["completion_probabilities"]
+        post(server, "/completion", {"prompt": prompt, **settings})["completion_probabilities"]
         for prompt in wanted["prompts"]
     ]
     Path(answer).write_text(json.dumps({"tokens": tokens, "steps": steps}))

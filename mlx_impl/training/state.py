@@ -6,7 +6,6 @@ Twin: jax_impl/training/state.py.
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -15,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from common.checkpoint import check_keys, read_json, read_tensors, to_json, write_file
+from common.checkpoint import check_keys, read_json, read_tensors, sync, to_json, write_file
 from common.errors import UserError
 
 KEPT = 2
@@ -59,9 +58,9 @@ class StateFolder:
             for name, tree in zip(_PARTS, state.arrays(), strict=False):
                 write_file(partial / name, _tensor_bytes(tree))
             write_file(partial / _NOTES_FILE, to_json(notes))
-            _sync(partial)
+            sync(partial)
             partial.rename(self.directory / str(step))  # a reader sees a whole state or none
-            _sync(self.directory)
+            sync(self.directory)
             for old in sorted(self._steps())[: -self.kept]:
                 shutil.rmtree(self.directory / str(old))
         except OSError as error:
@@ -119,11 +118,3 @@ def _put(tree: Any, path: list[str], value: mx.array) -> None:
     for part in path[:-1]:
         tree = tree[int(part) if isinstance(tree, list) else part]
     tree[int(path[-1]) if isinstance(tree, list) else path[-1]] = value
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,6 @@ from benchmarks.real_collections import (
     COLLECTIONS,
     VARIANTS,
     Collection,
-    Cutter,
     Job,
     Ranking,
     base_config,
@@ -36,10 +35,10 @@ TEXTS = ["Unbelievably long: naïve tokenizers misread 東京, don't they?", "on
 
 def test_a_text_cut_for_the_peer_has_exactly_the_tokens_that_ours_keeps() -> None:
     base = resolve_model("default", say=lambda _: None)
-    cutter = Cutter(base)
+    cut = PairTokenizer(base).cut
     for limit in range(1, 20):
         ours, _ = PairTokenizer(base, 64, limit).passage_ids(TEXTS)
-        theirs, _ = PairTokenizer(base, 64, 192).passage_ids(cutter(TEXTS, limit))
+        theirs, _ = PairTokenizer(base, 64, 192).passage_ids(cut(TEXTS, limit))
         for text, a, b in zip(TEXTS, ours, theirs, strict=True):
             # a cut inside a word may leave another piece at the end, before [SEP]
             assert len(a) == len(b) and np.array_equal(a[:-2], b[:-2]), (text, limit)

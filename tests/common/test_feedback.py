@@ -41,6 +41,12 @@ def test_both_tables_are_read_by_time(store: FeedbackStore) -> None:
     assert [item.time for item in store.feedback(12.0, 13.0)] == [12.0]
 
 
+def test_searches_of_one_moment_are_all_read_once(store: FeedbackStore) -> None:
+    made = {store.record_search("q", FIRST, at=7.0) for _ in range(1500)}  # more than a block
+    found = [item.id for item in store.searches(7.0, 8.0)]
+    assert len(found) == 1500 and set(found) == made
+
+
 def test_the_last_word_of_a_passage_counts(store: FeedbackStore) -> None:
     one = store.record_search("q", FIRST, SECOND)
     store.record_feedback(one, "ü#2", 1, at=1.0)

@@ -17,9 +17,11 @@ from common.data.lists import random_negatives
 from common.data.sources import load_ranking_data
 from common.errors import UserError
 from common.evaluation import evaluate_recipe
+from common.metrics.ranking import evaluate_run, mean
 from common.prepare import candidates, dev_candidates, plan_batches, prepare
 from common.text import PairTokenizer
 from common.workflow import train_recipe
+from tests.retrieval_fakes import WordScorer
 from tests.tiny import FILLER, World, write_collection
 
 ROOT = Path(__file__).parents[3]
@@ -118,6 +120,30 @@ def test_dev_is_pooled_and_takes_equally_many_of_each_source(world: World, sourc
     counts = [sum(source_of(query) == name for query in qrels) for name in ready.data.parts]
     assert counts == [2, 2, 2]
     assert max(map(len, run.values())) <= recipe.evaluation.dev_depth
+
+
+def test_each_source_is_reranked_over_the_first_stage_that_ranks_its_own_dev_best(
+    world: World, sources: str
+) -> None:
+    recipe, encoder = config(world, sources), load_encoder(world.base, say=lambda _: None)
+    recipe = replace(recipe, evaluation=replace(recipe.evaluation, first_stage="auto"))
+    ready = prepare(recipe, encoder, say=lambda _: None)
+    qrels = ready.data.split("dev")
+    for name in ready.data.parts:
+        own = {query: grades for query, grades in qrels.items() if source_of(query) == name}
+        values = {
+            stage: mean(evaluate_run(run, own, ("nDCG@10",))["nDCG@10"]) for stage, run in ready.dev.items()
+        }
+        assert values[ready.stages[name]] == max(values.values())
+    ready = replace(ready, first_stage="bm25", stages=dict.fromkeys(ready.data.parts, "dense"))
+    _, run = dev_candidates(recipe, ready)
+    assert all(scores[p] == ready.dev["dense"][query][p] for query, scores in run.items() for p in scores)
+    tables = evaluate_recipe(recipe, replace(ready, stages={"plain": "rrf"}), [WordScorer()], encoder)
+    assert [{row.pool for row in table.rows if row.model} for table in tables] == [
+        {"bm25"},
+        {"rrf"},
+        {"bm25"},
+    ]
 
 
 def test_a_batch_of_several_sources_carries_the_base_s_vectors(world: World, sources: str) -> None:
