@@ -67,6 +67,14 @@ class Feedback:
     time: float  # seconds since 1970
 
 
+class UnknownSearchError(UserError):
+    """Feedback on a search that is not stored."""
+
+
+class UnwritableError(UserError):
+    """The file takes no more, as on a full disk."""
+
+
 class FeedbackStore:
     """Searches and feedback in one SQLite file, which threads and processes may write and read at once.
 
@@ -125,13 +133,16 @@ class FeedbackStore:
     def record_feedback(self, search: str, document: str, value: int, *, at: float | None = None) -> None:
         """Store +1 or -1 for a passage of a search, instead of what was said of it before.
 
-        UserError for another value, an unknown search, and a passage that the search did not give.
+        UserError for another value and a passage that the search did not give, UnknownSearchError,
+        UnwritableError.
         """
         if isinstance(value, bool) or value not in (1, -1):
             raise UserError(f"the feedback is {value!r}; allowed: 1 and -1")
         found = self.search(search)
         if found is None:
-            raise UserError(f"no search {search[:80]!r} is known: give the id that came with the hits")
+            raise UnknownSearchError(
+                f"no search {search[:80]!r} is known: give the id that came with the hits"
+            )
         if document not in {item.id for item in (*found.first_stage, *found.reranked)}:
             raise UserError(f"search {search} gave no passage {document[:80]!r}; name one of its hits")
         row = (search, document, value, time.time() if at is None else at)
@@ -179,7 +190,9 @@ class FeedbackStore:
             with self._connection() as sql:
                 sql.execute(statement, row)
         except sqlite3.Error as error:
-            raise UserError(f"{self.path}: cannot be written ({error}). Free some space there.") from error
+            raise UnwritableError(
+                f"{self.path}: cannot be written ({error}). Free some space there."
+            ) from error
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:

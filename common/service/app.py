@@ -26,6 +26,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from common.errors import UserError
+from common.feedback import UnknownSearchError, UnwritableError
 from common.generation import Generated, Piece, SamplingConfig
 from common.rag import Hit
 from common.service import schemas as s
@@ -204,15 +205,14 @@ def _add_ranking(app: FastAPI, service: Service, gate: Gate) -> None:
         """Say +1 or -1 of a hit: `search` is the id that came with it."""
 
         def store() -> None:
-            if service.feedback.search(given.search) is None:
-                raise _RefusedError(404, f"no search {given.search[:80]!r} is known", "not_found")
             try:
                 service.feedback.record_feedback(given.search, given.document, given.value)
+            except UnknownSearchError as error:
+                raise _RefusedError(404, str(error), "not_found") from error
+            except UnwritableError as error:
+                raise _RefusedError(507, str(error), "full") from error
             except UserError as error:
-                full = "cannot be written" in str(error)
-                raise _RefusedError(
-                    507 if full else 422, str(error), "full" if full else "invalid"
-                ) from error
+                raise _RefusedError(422, str(error), "invalid") from error
 
         await _answered(gate, store)
         return s.Stored(stored=True)
