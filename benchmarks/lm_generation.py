@@ -24,7 +24,7 @@ from benchmarks.lm_training import Took
 from benchmarks.peer import Peer, answer_all
 from benchmarks.record import RESULTS, Record, Row, compared
 from common.errors import UserError, run_command
-from common.generation import SamplingConfig, generate
+from common.language.generation import SamplingConfig, generate
 
 PEER = "transformers generate"
 

@@ -24,9 +24,9 @@ import numpy as np
 from benchmarks.peer import Peer, answer_all
 from benchmarks.record import RESULTS, Record, Row, compared
 from common.config import load_recipe
-from common.config_language import InfinitoRecipe, LanguageRecipe
 from common.errors import UserError, run_command
-from common.prepare_language import prepare_language
+from common.language.config import InfinitoRecipe, LanguageRecipe
+from common.language.prepare import prepare_language
 
 ROOT = Path(__file__).resolve().parents[1]
 PEER = "PyTorch GPT"
@@ -131,7 +131,7 @@ class Ours:
     """The LanguageTrainer of a recipe, stepped by hand."""
 
     def __init__(self, recipe: LanguageRecipe) -> None:
-        from common.language import parameter_count
+        from common.language.architectures import parameter_count
         from jax_impl.training.language import LanguageTrainer
 
         self.trainer = LanguageTrainer(recipe, prepare_language(recipe, say=_quiet), say=_quiet)

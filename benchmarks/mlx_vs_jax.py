@@ -20,7 +20,7 @@ from benchmarks.record import Record, compared
 from benchmarks.reranker_training import bm25_lists, speed_options, speed_recipe
 from common.config import RerankerConfig
 from common.errors import UserError, run_command
-from common.prepare import Prepared
+from common.reranker.prepare import Prepared
 
 
 def main() -> None:

@@ -24,8 +24,8 @@ from benchmarks.peer import Peer, answer_all
 from benchmarks.record import RESULTS, Record, compared
 from common.data.expansion import load_expansions
 from common.errors import UserError, run_command
-from common.expansion_config import GrpoConfig, SftConfig
-from common.prompts import ExpansionPrompts, load_tokenizer
+from common.expansion.config import GrpoConfig, SftConfig
+from common.expansion.prompts import ExpansionPrompts, load_tokenizer
 
 SIZES = {
     "small": {},
@@ -227,7 +227,7 @@ def _same_length(found: float, wanted: float) -> None:
 
 
 def _adapted(base: Path) -> tuple[Any, ExpansionPrompts]:
-    from common.expansion_config import LoraConfig
+    from common.expansion.config import LoraConfig
     from mlx_impl.models.qwen import Origin, add_lora, load_base
 
     loaded = load_base(Origin(base))

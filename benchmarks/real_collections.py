@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks.record import RESULTS, Record, Row
-from common.ablation import TERM_VARIANTS
 from common.backends import Encoder, Scorer, Scores, checkpoint_identity, load_encoder, load_scorer
 from common.checkpoint import read_json
 from common.config import RerankerConfig, load_recipe, to_dict
@@ -33,12 +32,13 @@ from common.data.negatives import MiningRules
 from common.data.records import RankingData, Run
 from common.data.sources import read_trec_run, read_tsv_qrels
 from common.errors import UserError, run_command
-from common.evaluation import Table, evaluate
 from common.hub import resolve_model
 from common.metrics.ranking import evaluate_run, mean
 from common.metrics.significance import bootstrap_interval, paired_randomisation
-from common.mining import mine_negatives, with_negatives
-from common.prepare import Prepared, cache_root, candidates, dev_candidates, load_data, prepare
+from common.reranker.ablation import TERM_VARIANTS
+from common.reranker.evaluation import Table, evaluate
+from common.reranker.mining import mine_negatives, with_negatives
+from common.reranker.prepare import Prepared, cache_root, candidates, dev_candidates, load_data, prepare
 from common.retrieval.fusion import choose_omega
 from common.runs import RunFolder
 from common.text import PASSAGE, QUERY, PairTokenizer

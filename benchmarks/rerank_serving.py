@@ -31,7 +31,7 @@ from common.backends import Scorer, load_scorer
 from common.checkpoint import CONFIG_FILE, HEAD_FILE, ONNX_FILE, to_json, write_directory
 from common.data.sources import load_ranking_data
 from common.errors import UserError, run_command
-from common.export import Exported, Precision
+from common.export.verification import Exported, Precision
 from common.hub import resolve_model
 from common.metrics.latency import percentiles
 from common.retrieval.lexical import bm25_run

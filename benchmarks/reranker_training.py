@@ -26,7 +26,7 @@ from common.config import DataConfig, EvalConfig, ModelConfig, RerankerConfig, T
 from common.errors import UserError, run_command
 
 if TYPE_CHECKING:
-    from common.prepare import Prepared
+    from common.reranker.prepare import Prepared
 
 ROOT = Path(__file__).resolve().parents[1]
 PEER = "sentence-transformers"
@@ -222,7 +222,7 @@ def bm25_lists(config: RerankerConfig, needed: int) -> Prepared:
     """Training lists with BM25's negatives, at least `needed`, and a dev split that nobody looks at."""
     from common.data import lists
     from common.data.sources import load_ranking_data
-    from common.prepare import Prepared
+    from common.reranker.prepare import Prepared
     from common.retrieval.lexical import bm25_run
 
     data = load_ranking_data(config.data.name)

@@ -25,10 +25,12 @@ from common.data.combined import source_name
 from common.data.records import RankingData
 from common.data.sources import load_ranking_data
 from common.errors import UserError, run_command
-from common.evaluation import Comparison, Table, evaluate
-from common.evaluation import Row as Ranking
 from common.metrics.ranking import check_metrics
-from common.prepare import (
+from common.report import Table as Shown
+from common.report import tables_text
+from common.reranker.evaluation import Comparison, Table, evaluate
+from common.reranker.evaluation import Row as Ranking
+from common.reranker.prepare import (
     cache_root,
     candidates,
     load_data,
@@ -37,10 +39,8 @@ from common.prepare import (
     resolve_base,
     run_fingerprint,
 )
-from common.report import Table as Shown
-from common.report import tables_text
+from common.reranker.workflow import run_inputs
 from common.runs import RunFolder
-from common.workflow import run_inputs
 
 # in this order the paired differences of `evaluate` are the wanted ones: a later one is taken from an earlier
 PRESERVING, NEW_LISTS, FREE, ORIGINAL = NAMES = (

@@ -26,12 +26,12 @@ from common.backends import Encoder, Scorer, load_encoder, load_scorer
 from common.data.records import RankingData
 from common.data.sources import load_split_data
 from common.errors import UserError, run_command
-from common.evaluation import chosen_qrels
 from common.hub import resolve_model
 from common.metrics.latency import percentiles
 from common.metrics.ranking import evaluate_run, mean
 from common.rag import RAGPipeline
 from common.report import Table, tables_text
+from common.reranker.evaluation import chosen_qrels
 from common.retrieval.documents import Chunking
 from common.text import PairTokenizer
 from jax_impl.export.onnx import export_bi_encoder

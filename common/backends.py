@@ -24,7 +24,7 @@ from common.processes import Launch, Processes, launch
 _BACKENDS = {
     "jax": ("jax", "jax_impl.scoring", "pip install -e ."),
     "mlx": ("mlx", "mlx_impl.scoring", "pip install -e '.[mlx]'"),
-    "onnx": ("onnxruntime", "common.onnx_scoring", "pip install -e '.[serve]'"),
+    "onnx": ("onnxruntime", "common.export.onnx_scoring", "pip install -e '.[serve]'"),
 }
 # What the scores of a checkpoint depend on; the card and the training log do not count.
 _CONTENT = ("*.safetensors", "*.onnx", "*.json", "*.txt", "*.model")

@@ -527,7 +527,7 @@ def _increasing(values: Sequence[int]) -> bool:
 
 def recipe_kinds() -> tuple[type, ...]:
     """Every class that a recipe may return."""
-    from common.config_language import LANGUAGE_RECIPES  # which is written with this module's checks
+    from common.language.config import LANGUAGE_RECIPES  # which is written with this module's checks
 
     return (RerankerConfig, *LANGUAGE_RECIPES)
 

@@ -28,7 +28,7 @@ from common.errors import UserError
 from common.hub import resolve_model
 from common.metrics.calibration import Confidence
 from common.metrics.ranking import ranked
-from common.reranking import fitted_over, load_confidence
+from common.reranker.reranking import fitted_over, load_confidence
 from common.retrieval.documents import Chunking, as_documents, count_tokens, sentences
 from common.retrieval.fusion import fuse_scores, rrf
 from common.retrieval.index import Changes, Passage, PassageIndex

@@ -83,7 +83,7 @@ def write_report(directory: str | Path) -> Path:
 
     Raises UserError when a file is broken or config.json is missing, OSError when the page cannot be written.
     """
-    from common.analysis_view import analysis_section  # which is drawn with this module's tables
+    from common.reranker.analysis_view import analysis_section  # which is drawn with this module's tables
 
     directory = Path(directory)
     run = read_json(directory / "config.json")

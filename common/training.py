@@ -1,6 +1,6 @@
 """The loop of every training run: steps, evaluations, best and final checkpoints, exact resume, a clean stop.
 
-common.reranker_training and common.language_training say what is trained; a backend's trainer derives from
+common.reranker.training and common.language.training say what is trained; a backend's trainer derives from
 one of them: {jax_impl,mlx_impl}/training/{loop,language}.py.
 """
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from common.config_language import (
+from common.language.config import (
     DecoderConfig,
     DecoderRecipe,
     DistillationConfig,

@@ -10,7 +10,7 @@ The regularisation is what a corpus of two million words asks of a model of this
 
 from __future__ import annotations
 
-from common.config_language import InfinitoConfig, InfinitoRecipe, LanguageDataConfig, LanguageTrainConfig
+from common.language.config import InfinitoConfig, InfinitoRecipe, LanguageDataConfig, LanguageTrainConfig
 
 
 def get_config() -> InfinitoRecipe:

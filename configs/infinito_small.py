@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from common.config_language import (
+from common.language.config import (
     InfinitoConfig,
     InfinitoRecipe,
     LanguageDataConfig,

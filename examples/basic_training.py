@@ -13,7 +13,7 @@ import tyro
 
 from common.config import RunOptions, load_recipe
 from common.errors import run_command
-from common.workflow import cut_short, train_recipe
+from common.reranker.workflow import cut_short, train_recipe
 
 RECIPE = Path(__file__).parents[1] / "configs" / "quantum_resonance.py"
 

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import tyro
 
-from common.analysis import analyse, write_analysis
 from common.backends import load_encoder, load_scorer
 from common.config import RunOptions, load_recipe
 from common.data.negatives import MiningRules
 from common.data.sources import load_ranking_data
 from common.errors import run_command
-from common.mining import mine_negatives, with_negatives
-from common.prepare import candidates
-from common.reranking import Ranking, load_confidence, rerank, shown
-from common.workflow import cut_short, train_recipe
+from common.reranker.analysis import analyse, write_analysis
+from common.reranker.mining import mine_negatives, with_negatives
+from common.reranker.prepare import candidates
+from common.reranker.reranking import Ranking, load_confidence, rerank, shown
+from common.reranker.workflow import cut_short, train_recipe
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -12,9 +12,9 @@ import tyro
 from common.backends import load_encoder, load_scorer
 from common.data.sources import load_ranking_data
 from common.errors import run_command
-from common.evaluation import Table, chosen_qrels, evaluate
-from common.prepare import cache_root, candidates
-from common.reranking import load_confidences
+from common.reranker.evaluation import Table, chosen_qrels, evaluate
+from common.reranker.prepare import cache_root, candidates
+from common.reranker.reranking import load_confidences
 
 
 def main(model: str = "default", data: str = "pydocs", base: str = "default", quick: bool = False) -> Table:

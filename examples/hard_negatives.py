@@ -16,10 +16,10 @@ from common.config import RunOptions, load_recipe
 from common.data.negatives import MiningRules
 from common.data.sources import load_ranking_data
 from common.errors import run_command
-from common.evaluation import Table, evaluate
-from common.mining import mine_negatives, with_negatives
-from common.prepare import cache_root, candidates
-from common.workflow import cut_short, train_recipe
+from common.reranker.evaluation import Table, evaluate
+from common.reranker.mining import mine_negatives, with_negatives
+from common.reranker.prepare import cache_root, candidates
+from common.reranker.workflow import cut_short, train_recipe
 
 RECIPE = Path(__file__).parents[1] / "configs" / "quantum_resonance.py"
 

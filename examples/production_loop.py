@@ -15,13 +15,13 @@ import tyro
 
 from common.data.sources import load_ranking_data
 from common.errors import run_command
-from common.feedback import FeedbackStore, Scored
 from common.hub import resolve_model
-from common.monitoring import Monitoring, hard_cases, monitor, monitoring_tables
 from common.rag import RAGPipeline
-from common.registry import Registry
 from common.report import tables_text
 from common.retrieval.index import passage_texts
+from common.service.feedback import FeedbackStore, Scored
+from common.service.monitoring import Monitoring, hard_cases, monitor, monitoring_tables
+from common.service.registry import Registry
 
 
 def main(

@@ -5,7 +5,7 @@ import sys
 
 import jax
 
-from common.prepare import cache_root
+from common.reranker.prepare import cache_root
 
 # A shape is compiled once on a machine, not once in every command.
 jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))

@@ -1,4 +1,4 @@
-"""Reading tokens step by step, as common.generation asks for it: cache and memory go in and come out.
+"""Reading tokens step by step, as common.language.generation asks: cache and memory go in and come out.
 
 Twin: mlx_impl/generation.py.
 """
@@ -28,7 +28,7 @@ class Reading(NamedTuple):
 
 
 class ModelEngine:
-    """A language model as common.generation.Engine, compiled once for each shape of a call."""
+    """A language model as common.language.generation.Engine, compiled once for each shape of a call."""
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
@@ -50,7 +50,7 @@ class ModelEngine:
         counts: NDArray[np.int32],
         explore: tuple[int, int] | None = None,
     ) -> tuple[Reading, NDArray[np.float32]]:
-        """As common.generation.Engine; logits [N, V]."""
+        """As common.language.generation.Engine; logits [N, V]."""
         key = None if explore is None else jax.random.fold_in(jax.random.key(explore[0]), explore[1])
         state, logits = self._read(self._weights, state, ids, counts, key)
         return state, np.asarray(logits)

@@ -1,6 +1,6 @@
 """Language models: built from settings, loaded from a checkpoint directory, strictly, and written.
 
-Settings are common.language's; Llama and Qwen3 directories are those of the hub.
+Settings are common.language.architectures's; Llama and Qwen3 directories are those of the hub.
 Twin: mlx_impl/language.py.
 """
 
@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from common.checkpoint import CONFIG_FILE, read_config, read_tensors, surviving, write_checkpoint
-from common.language import (
+from common.language.architectures import (
     DROPPABLE,
     DecoderConfig,
     IndraConfig,

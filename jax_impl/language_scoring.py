@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from common.data.language import LanguageBatch
-from common.language_evaluation import TokenScores
+from common.language.evaluation import TokenScores
 from jax_impl.language import load_language_model
 from jax_impl.losses.language import token_nll
 from jax_impl.models.decoder import LanguageModel

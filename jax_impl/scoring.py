@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from common.backends import Scores, checkpoint_identity, checkpoint_name
 from common.checkpoint import surviving
 from common.config import DataConfig, RerankerConfig
-from common.loading import longest_input, stored_precision
+from common.reranker.loading import longest_input, stored_precision
 from common.text import Encoded, PairTokenizer, length_batches
 from jax_impl.loading import load_bi_encoder, load_cross_encoder
 from jax_impl.models.cross_encoder import CrossEncoder

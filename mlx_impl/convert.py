@@ -29,7 +29,7 @@ from common.checkpoint import (
     write_file,
 )
 from common.errors import UserError, run_command
-from common.qmd import Sampling
+from common.expansion.qmd import Sampling
 from mlx_impl.export import gguf, runtime
 
 TOKENIZER_FILES = (

@@ -22,12 +22,12 @@ from common.data.generated import generated_queries
 from common.data.records import RankingData
 from common.data.sources import load_ranking_data
 from common.errors import UserError, run_command
-from common.evaluation import chosen_qrels
-from common.expansion import ExpansionEvaluation, evaluate_expansions
-from common.grammar import Grammar
-from common.prompts import ExpansionPrompts, load_tokenizer
-from common.qmd import Sampling, parse_completion
-from common.retrieval_effect import Effect, retrieval_effect
+from common.expansion.evaluation import ExpansionEvaluation, evaluate_expansions
+from common.expansion.grammar import Grammar
+from common.expansion.prompts import ExpansionPrompts, load_tokenizer
+from common.expansion.qmd import Sampling, parse_completion
+from common.expansion.retrieval_effect import Effect, retrieval_effect
+from common.reranker.evaluation import chosen_qrels
 
 
 @dataclass(frozen=True)

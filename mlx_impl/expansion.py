@@ -26,12 +26,12 @@ from common.data.expansion import (
 )
 from common.data.sources import load_ranking_data
 from common.errors import UserError
-from common.expansion_config import TINY, GrpoConfig, SftConfig
+from common.expansion.config import TINY, GrpoConfig, SftConfig
+from common.expansion.prompts import CONSUMER_SYSTEM, NO_THINK, ExpansionPrompts, load_tokenizer
+from common.expansion.tiny_qwen import write_tiny_qwen
 from common.metrics.expansion import score, score_strict
-from common.prompts import CONSUMER_SYSTEM, NO_THINK, ExpansionPrompts, load_tokenizer
 from common.retrieval.expansion import RetrievalGain
 from common.runs import RunFolder
-from common.tiny_qwen import write_tiny_qwen
 from mlx_impl.models.qwen import (
     LanguageModel,
     Origin,

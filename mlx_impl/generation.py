@@ -1,4 +1,4 @@
-"""Reading tokens step by step, as common.generation asks for it: cache and memory go in and come out.
+"""Reading tokens step by step, as common.language.generation asks: cache and memory go in and come out.
 
 Twin: jax_impl/generation.py.
 """
@@ -26,7 +26,7 @@ class Reading(NamedTuple):
 
 
 class ModelEngine:
-    """A language model as common.generation.Engine."""
+    """A language model as common.language.generation.Engine."""
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
@@ -46,7 +46,7 @@ class ModelEngine:
         counts: NDArray[np.int32],
         explore: tuple[int, int] | None = None,
     ) -> tuple[Reading, NDArray[np.float32]]:
-        """As common.generation.Engine; logits [N, V]."""
+        """As common.language.generation.Engine; logits [N, V]."""
         key = None if explore is None else fold_in(mx.random.key(explore[0]), explore[1])
         real = mx.array((np.arange(ids.shape[1]) < counts[:, None]).astype(np.int32))  # [N, S]
         out = self.model(

@@ -13,7 +13,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from common.data.language import LanguageBatch
-from common.language_evaluation import TokenScores
+from common.language.evaluation import TokenScores
 from mlx_impl.language import load_language_model
 from mlx_impl.losses.language import token_nll
 from mlx_impl.models.decoder import LanguageModel

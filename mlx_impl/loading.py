@@ -1,6 +1,6 @@
 """From a checkpoint directory to a model, strictly, and back.
 
-The three starts, and what else is the same in both backends, are in common.loading.
+The three starts, and what else is the same in both backends, are in common.reranker.loading.
 Twin: jax_impl/loading.py.
 """
 
@@ -27,7 +27,7 @@ from common.checkpoint import (
 )
 from common.config import ModelConfig
 from common.errors import UserError
-from common.loading import (
+from common.reranker.loading import (
     COLD_SPREAD,
     EVEN_COSINE,
     WARM_GAMMA,

@@ -16,7 +16,7 @@ import numpy as np
 from common.backends import Scores, checkpoint_identity, checkpoint_name
 from common.checkpoint import surviving
 from common.config import DataConfig, RerankerConfig
-from common.loading import longest_input, stored_precision
+from common.reranker.loading import longest_input, stored_precision
 from common.text import Encoded, PairTokenizer, length_batches
 from mlx_impl.loading import load_bi_encoder, load_cross_encoder
 from mlx_impl.models.cross_encoder import CrossEncoder

@@ -24,9 +24,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from common.config import RerankerConfig
-from common.config_language import LanguageRecipe
 from common.errors import UserError, run_command
-from common.expansion_config import GrpoConfig, SftConfig, parse_expansion_command
+from common.expansion.config import GrpoConfig, SftConfig, parse_expansion_command
+from common.language.config import LanguageRecipe
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -19,7 +19,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from common.ablation import (
+from common.backends import Encoder, accelerator, load_encoder, load_scorer, load_trainer
+from common.checkpoint import to_json
+from common.config import DataConfig, RerankerConfig, RunOptions, parse_command, to_dict
+from common.data.records import RankingData
+from common.errors import UserError, listed, run_command
+from common.report import tables_markdown, tables_text
+from common.reranker.ablation import (
     HEAD_VARIANTS,
     OUTCOME,
     Job,
@@ -30,16 +36,10 @@ from common.ablation import (
     results,
     shown,
 )
-from common.backends import Encoder, accelerator, load_encoder, load_scorer, load_trainer
-from common.checkpoint import to_json
-from common.config import DataConfig, RerankerConfig, RunOptions, parse_command, to_dict
-from common.data.records import RankingData
-from common.errors import UserError, listed, run_command
-from common.evaluation import write_bytes, write_output
-from common.prepare import load_data, load_old_data, prepare, run_fingerprint
-from common.report import tables_markdown, tables_text
+from common.reranker.evaluation import write_bytes, write_output
+from common.reranker.prepare import load_data, load_old_data, prepare, run_fingerprint
+from common.reranker.workflow import run_inputs
 from common.runs import RunFolder, environment
-from common.workflow import run_inputs
 
 DEFAULT_RECIPE = "configs/quantum_resonance.py"
 

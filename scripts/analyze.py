@@ -17,20 +17,20 @@ from typing import Literal
 
 import tyro
 
-from common.analysis import analyse, analysis_files, write_analysis
-from common.analysis_view import analysis_tables
 from common.backends import load_encoder, load_scorer
 from common.checkpoint import check_writable
 from common.config import FirstStage
 from common.data.records import OnBadRow
 from common.data.sources import load_split_data
 from common.errors import UserError, run_command
-from common.evaluation import chosen_qrels
 from common.hub import resolve_model
 from common.metrics.ranking import check_metrics
-from common.prepare import cache_root, candidates
 from common.report import tables_text, write_report
-from common.reranking import fitted_over, load_confidences
+from common.reranker.analysis import analyse, analysis_files, write_analysis
+from common.reranker.analysis_view import analysis_tables
+from common.reranker.evaluation import chosen_qrels
+from common.reranker.prepare import cache_root, candidates
+from common.reranker.reranking import fitted_over, load_confidences
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,8 +21,8 @@ import tyro
 
 from common.checkpoint import to_json, write_file
 from common.errors import UserError, run_command
-from common.generation import Generated, SamplingConfig
-from common.language_samples import DEMO_PROMPTS, LanguageGenerator, load_generator
+from common.language.generation import Generated, SamplingConfig
+from common.language.samples import DEMO_PROMPTS, LanguageGenerator, load_generator
 from common.metrics.language import text_metrics
 from common.report import Table, page, table_html, tables_text
 from common.runs import environment

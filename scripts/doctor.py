@@ -27,14 +27,14 @@ import tyro
 from common.backends import load_encoder, load_scorer
 from common.checkpoint import EXPORT_FILE, read_json
 from common.errors import UserError, run_command
-from common.export import MAX_LOSS
-from common.feedback import FeedbackStore
+from common.export.verification import MAX_LOSS
 from common.hub import resolve_model
-from common.monitoring import monitor
-from common.registry import Registry
 from common.report import Table, tables_text
-from common.reranking import load_confidence
+from common.reranker.reranking import load_confidence
 from common.retrieval.index import PassageIndex
+from common.service.feedback import FeedbackStore
+from common.service.monitoring import monitor
+from common.service.registry import Registry
 
 Status = Literal["ok", "note", "FAIL"]
 SERVING = ("onnxruntime", "fastapi", "uvicorn", "prometheus_client")

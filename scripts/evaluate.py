@@ -23,12 +23,12 @@ from common.config import FirstStage
 from common.data.records import OnBadRow, RankingData
 from common.data.sources import load_split_data, read_trec_run
 from common.errors import UserError, run_command
-from common.evaluation import Table, chosen_qrels, evaluate, held_out, write_output
 from common.hub import resolve_model
 from common.metrics.calibration import Confidence
 from common.metrics.ranking import DEFAULT_METRICS, check_metrics
-from common.prepare import cache_root, candidates
-from common.reranking import fitted_over, load_confidences
+from common.reranker.evaluation import Table, chosen_qrels, evaluate, held_out, write_output
+from common.reranker.prepare import cache_root, candidates
+from common.reranker.reranking import fitted_over, load_confidences
 from common.runs import environment
 
 

@@ -20,19 +20,19 @@ import tyro
 
 from common.backends import checkpoint_identity, checkpoint_name, language_module
 from common.checkpoint import read_json, to_json, write_file
-from common.config_language import InfinitoRecipe, LanguageDataConfig, LanguageRecipe
 from common.errors import UserError, run_command
-from common.generation import SamplingConfig
 from common.hub import resolve_model
-from common.language_samples import (
+from common.language.config import InfinitoRecipe, LanguageDataConfig, LanguageRecipe
+from common.language.generation import SamplingConfig
+from common.language.prepare import PreparedLanguage, prepare_language
+from common.language.samples import (
     human_metrics,
     load_generator,
     measured_samples,
     metrics_table,
     split_prompts,
 )
-from common.language_workflow import perplexities, perplexity_table
-from common.prepare_language import PreparedLanguage, prepare_language
+from common.language.workflow import perplexities, perplexity_table
 from common.report import Table, page, table_html, tables_text
 from common.runs import environment
 

@@ -24,8 +24,8 @@ from common.checkpoint import surviving
 from common.data.records import OnBadRow, Qrels, RankingData, Run
 from common.data.sources import load_split_data
 from common.errors import UserError, run_command
-from common.evaluation import chosen_qrels
-from common.export import (
+from common.export.llama_server import LlamaServer, of_llama_server
+from common.export.verification import (
     MAX_LOSS,
     Exported,
     Format,
@@ -41,8 +41,8 @@ from common.export import (
     write_export,
 )
 from common.hub import resolve_model
-from common.llama_server import LlamaServer, of_llama_server
 from common.report import tables_text
+from common.reranker.evaluation import chosen_qrels
 from common.retrieval.lexical import bm25_run
 
 
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def exporter(args: Args, directory: Path) -> functools.partial[Exported]:
     """What makes the export of a precision."""
     if args.format == "gguf":
-        from common import gguf_export as gguf
+        from common.export import gguf
 
         return functools.partial(
             gguf.export_bi_encoder if args.kind == "bi-encoder" else gguf.export_cross_encoder, directory

@@ -20,8 +20,8 @@ import tyro
 
 from common.data.corpora import instruction_prompt
 from common.errors import UserError, run_command
-from common.generation import Generated, Piece, SamplingConfig
-from common.language_samples import DEMO_PROMPTS, LanguageGenerator, load_generator
+from common.language.generation import Generated, Piece, SamplingConfig
+from common.language.samples import DEMO_PROMPTS, LanguageGenerator, load_generator
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,8 +25,8 @@ from common.data.negatives import MiningRules, rows
 from common.data.records import OnBadRow
 from common.data.sources import load_split_data
 from common.errors import UserError, run_command
-from common.evaluation import write_output
-from common.mining import Miner, mine_negatives
+from common.reranker.evaluation import write_output
+from common.reranker.mining import Miner, mine_negatives
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,11 +19,11 @@ import tyro
 
 from common.checkpoint import check_writable
 from common.errors import UserError, run_command
-from common.evaluation import write_output
-from common.feedback import FeedbackStore
-from common.monitoring import hard_cases, monitor, monitoring_page, monitoring_tables
 from common.report import tables_text
+from common.reranker.evaluation import write_output
 from common.retrieval.index import passage_texts
+from common.service.feedback import FeedbackStore
+from common.service.monitoring import hard_cases, monitor, monitoring_page, monitoring_tables
 
 
 @dataclasses.dataclass(frozen=True)

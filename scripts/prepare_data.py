@@ -17,12 +17,12 @@ from typing import Literal
 
 from common.backends import load_encoder
 from common.config import RerankerConfig, parse_recipe
-from common.config_language import LanguageRecipe
 from common.errors import run_command
-from common.prepare import cache_root, candidates, load_data, plan_batches, prepare, resolve_base
-from common.prepare_language import counted_tokens, plan_language, prepare_language
+from common.language.config import LanguageRecipe
+from common.language.prepare import counted_tokens, plan_language, prepare_language
+from common.reranker.prepare import cache_root, candidates, load_data, plan_batches, prepare, resolve_base
+from common.reranker.workflow import check_splits
 from common.text import PairTokenizer
-from common.workflow import check_splits
 
 
 @dataclasses.dataclass(frozen=True)

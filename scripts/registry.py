@@ -15,8 +15,8 @@ from pathlib import Path
 import tyro
 
 from common.errors import run_command
-from common.registry import Registry, Version
 from common.report import Table, tables_text
+from common.service.registry import Registry, Version
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ import tyro
 from common.backends import load_scorer
 from common.errors import UserError, run_command
 from common.hub import resolve_model
-from common.reranking import load_confidence, read_passages, rerank, shown
+from common.reranker.reranking import load_confidence, read_passages, rerank, shown
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,11 +21,11 @@ import tyro
 
 from common.data.records import BadRows, json_rows
 from common.errors import UserError, run_command
-from common.feedback import FeedbackStore
 from common.hub import resolve_model
 from common.rag import RAGPipeline
-from common.registry import Registry
-from common.reranking import fitted_over, load_confidence
+from common.reranker.reranking import fitted_over, load_confidence
+from common.service.feedback import FeedbackStore
+from common.service.registry import Registry
 
 KEY = "RESONANCE_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -166,7 +166,7 @@ def _service(args: Args) -> tuple:
     feedback = FeedbackStore(args.feedback)
     generator = None
     if args.language_model is not None:
-        from common.language_samples import load_generator
+        from common.language.samples import load_generator
 
         generator = load_generator(args.language_model, others, say=say)
     scorer = start(directory) if directory is not None else None

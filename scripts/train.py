@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.config import RerankerConfig, RunOptions, parse_recipe
-from common.config_language import LanguageRecipe
 from common.errors import UserError, run_command
-from common.language_workflow import train_language
+from common.language.config import LanguageRecipe
+from common.language.workflow import train_language
 from common.report import tables_text
-from common.workflow import train_recipe
+from common.reranker.workflow import train_recipe
 
 
 def main(

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import uvicorn
 
-from common.feedback import FeedbackStore
-from common.language_samples import LanguageGenerator
+from common.language.samples import LanguageGenerator
 from common.rag import RAGPipeline
 from common.service.app import ServiceConfig, create_app
 from common.service.core import Reloader, Service, start_reranker
+from common.service.feedback import FeedbackStore
 from common.service.metrics import Metrics
 from tests.retrieval_fakes import MoodyScorer, WordEncoder
 

@@ -174,7 +174,7 @@ def train(
 ) -> dict[str, Any]:
     """What the training command does before it evaluates: prepare, then train or resume."""
     from common.backends import load_encoder, load_trainer
-    from common.prepare import load_data, load_old_data, prepare, run_fingerprint
+    from common.reranker.prepare import load_data, load_old_data, prepare, run_fingerprint
     from common.runs import RunFolder
 
     data, old = load_data(config.data), load_old_data(config)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from common.data.expansion import load_expansions, render_lines
-from common.expansion_config import GrpoConfig, SftConfig
-from common.tiny_qwen import write_tiny_qwen
+from common.expansion.config import GrpoConfig, SftConfig
+from common.expansion.tiny_qwen import write_tiny_qwen
 
 THINGS = ("router", "faucet", "lamp", "sofa", "queue", "fence")
 ACTIONS = ("clean", "repair", "move", "paint")

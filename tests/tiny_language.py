@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from common.config_language import (
+from common.language.config import (
     DecoderConfig,
     DecoderRecipe,
     IndraConfig,

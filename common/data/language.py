@@ -18,7 +18,7 @@ import numpy as np
 from common.data.array_records import Records, write_once
 from common.data.corpora import UNKNOWN, Corpus, Document
 from common.errors import UserError
-from common.language_text import LanguageTokenizer
+from common.language.text import LanguageTokenizer
 
 WHAT = "the tokens of a corpus"
 _Row = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]

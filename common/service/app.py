@@ -26,12 +26,12 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from common.errors import UserError
-from common.feedback import UnknownSearchError, UnwritableError
-from common.generation import Generated, Piece, SamplingConfig
+from common.language.generation import Generated, Piece, SamplingConfig
 from common.rag import Hit
 from common.service import schemas as s
 from common.service.batching import UnavailableError
 from common.service.core import Found, Reloader, Reranked, Service, cache_hit, new_id
+from common.service.feedback import UnknownSearchError, UnwritableError
 from common.service.gate import BusyError, Gate
 from common.service.limits import Limits, refusal
 

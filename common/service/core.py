@@ -16,15 +16,15 @@ import numpy as np
 
 from common.backends import Scorer, load_scorer
 from common.errors import UserError
-from common.feedback import FeedbackStore, Scored
-from common.generation import Generated, Piece, SamplingConfig
-from common.language_samples import LanguageGenerator
+from common.language.generation import Generated, Piece, SamplingConfig
+from common.language.samples import LanguageGenerator
 from common.metrics.calibration import Confidence
 from common.rag import Context, RAGPipeline, Results
-from common.registry import Registry, Version
-from common.reranking import load_confidence
+from common.reranker.reranking import load_confidence
 from common.service.batching import BatchedScorer, UnavailableError
+from common.service.feedback import FeedbackStore, Scored
 from common.service.metrics import Metrics
+from common.service.registry import Registry, Version
 
 _log = logging.getLogger("resonance.service")
 

@@ -17,9 +17,9 @@ import numpy as np
 from common.checkpoint import read_config, surviving
 from common.config import RerankerConfig
 from common.errors import UserError
-from common.export import Exported, Precision
+from common.export.verification import Exported, Precision
 from common.keymap import FAMILIES
-from common.loading import longest_input
+from common.reranker.loading import longest_input
 from common.text import PASSAGE, QUERY, PairTokenizer
 from jax_impl.loading import load_bi_encoder, load_cross_encoder, model_tensors
 
@@ -37,7 +37,7 @@ def export_cross_encoder(
     *,
     reduce_range: bool = False,
 ) -> Exported:
-    """The reranker in a directory, as `common.export.write_export` writes it.
+    """The reranker in a directory, as `common.export.verification.write_export` writes it.
 
     Full: (input_ids, sides) [N, S] int64 -> score, portable, resonance, overlap, coherence, each [N].
     Portable: (input_ids, attention_mask, token_type_ids when the passage has segment 1) -> logits [N, 1].

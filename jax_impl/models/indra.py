@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from common.language import IndraConfig
+from common.language.architectures import IndraConfig
 from jax_impl.models.bert import layer_keys, linear
 from jax_impl.models.decoder import (
     Cache,

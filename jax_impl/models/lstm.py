@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from common.language import InfinitoConfig
+from common.language.architectures import InfinitoConfig
 from jax_impl.models.bert import layer_keys, linear
 from jax_impl.models.decoder import LanguageModel, LanguageOutput, chosen, dropped_embeddings
 from jax_impl.models.dropout import dropout

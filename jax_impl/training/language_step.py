@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from common.config_language import LanguageRecipe
+from common.language.config import LanguageRecipe
 from jax_impl.losses.language import (
     StoredTeacher,
     certainty,

@@ -1,4 +1,4 @@
-"""The trainer of a reranker; the loop itself is common.reranker_training's.
+"""The trainer of a reranker; the loop itself is common.reranker.training's.
 
 Twin: mlx_impl/training/loop.py.
 """
@@ -19,8 +19,8 @@ from common.backends import checkpoint_identity
 from common.config import RerankerConfig
 from common.data.pipeline import ListBatch
 from common.errors import UserError
-from common.prepare import Prepared, plan_batches
-from common.reranker_training import DevSet, RerankerLoop, check_model
+from common.reranker.prepare import Prepared, plan_batches
+from common.reranker.training import DevSet, RerankerLoop, check_model
 from jax_impl.loading import LoadedReranker, load_cross_encoder, save_cross_encoder
 from jax_impl.models.lora import add_lora, trainable
 from jax_impl.scoring import JaxEncoder, JaxOriginal, JaxScorer, accelerator, default_dtype

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from common.config import TrainConfig
-from common.config_language import LanguageTrainConfig
+from common.language.config import LanguageTrainConfig
 
 UNDECAYED = {"bias", "scale", "u", "gamma", "b"}  # last names of parameters that weight decay leaves alone
 # what the portable score has beside the encoder, in any family

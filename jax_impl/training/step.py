@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 
 from common.config import RerankerConfig
-from common.prepare import pairs_queries
+from common.reranker.prepare import pairs_queries
 from jax_impl.losses.preservation import preservation_loss, state_preservation_loss
 from jax_impl.losses.quantum import (
     alignment_loss,
@@ -63,7 +63,7 @@ class Batch(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """What the host tells a step: the settings of common.schedule.Phase, and `openness_at`."""
+    """What the host tells a step: the settings of common.reranker.schedule.Phase, and `openness_at`."""
 
     temperature: jax.Array | float
     entropy_bonus: jax.Array | float

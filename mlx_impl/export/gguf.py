@@ -25,7 +25,7 @@ import numpy as np
 
 from common.checkpoint import CONFIG_FILE, read_config, read_json, sync
 from common.errors import UserError, listed
-from common.gguf_export import FILE_TYPES, announce, encoded, kind_of, relative_error
+from common.export.gguf import FILE_TYPES, announce, encoded, kind_of, relative_error
 
 WRITTEN = ("F32", "F16", "BF16", "Q8_0", "Q4_0")  # types that the gguf package writes
 # llama_ftype of what an installed llama.cpp makes

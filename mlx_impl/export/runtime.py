@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError, listed
-from common.llama_server import post
-from common.prompts import ExpansionPrompts, load_tokenizer
+from common.expansion.prompts import ExpansionPrompts, load_tokenizer
+from common.export.llama_server import post
 
 TEXTS = (
     "<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user\n/no_think hi<|im_end|>\n",

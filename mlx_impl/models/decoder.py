@@ -1,7 +1,7 @@
 """Llama and Qwen3: attribute paths are the Hugging Face checkpoint's keys; its blocks are Indra's too.
 
 Source: Touvron et al. 2023, arXiv:2302.13971; Qwen Team 2025, arXiv:2505.09388; rotary positions: Su et al.
-2021, arXiv:2104.09864; names after transformers' `LlamaForCausalLM`. Settings: common/language.py.
+2021, arXiv:2104.09864; names after transformers' `LlamaForCausalLM`. Settings: common.language.architectures.
 Twin: jax_impl/models/decoder.py.
 
 Letters: N rows, S tokens of a call, T tokens of a cache, D width, H heads, G heads of keys and values, K head
@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from common.errors import UserError
-from common.language import DecoderConfig
+from common.language.architectures import DecoderConfig
 from mlx_impl.models.bert import attend, layer_keys, linear, mask_bias, merge_heads, split_heads
 from mlx_impl.models.dropout import dropout
 from mlx_impl.models.layers import Embed, Linear, RMSNorm, Rngs

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from common.language import IndraConfig
+from common.language.architectures import IndraConfig
 from mlx_impl.models.bert import layer_keys, linear
 from mlx_impl.models.decoder import (
     Cache,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from common.language import InfinitoConfig
+from common.language.architectures import InfinitoConfig
 from mlx_impl.models.bert import layer_keys, linear
 from mlx_impl.models.decoder import (
     Cache,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from common.language import InfinitoConfig
+from common.language.architectures import InfinitoConfig
 from mlx_impl.models.bert import layer_keys, linear
 from mlx_impl.models.decoder import LanguageModel, LanguageOutput, chosen, dropped_embeddings
 from mlx_impl.models.dropout import dropout

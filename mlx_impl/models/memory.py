@@ -13,7 +13,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from common.language import InfinitoConfig
+from common.language.architectures import InfinitoConfig
 from mlx_impl.models.bert import linear, merge_heads, split_heads
 from mlx_impl.models.decoder import gathered, rms_norm
 from mlx_impl.models.dropout import dropout, gaussian

@@ -22,7 +22,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from common.checkpoint import CONFIG_FILE, check_keys, read_config, read_json, surviving
 from common.errors import UserError
-from common.expansion_config import LoraConfig
+from common.expansion.config import LoraConfig
 from common.hub import resolve_model
 
 ADAPTER_FILE = "adapters.safetensors"

@@ -22,7 +22,7 @@ from mlx.utils import tree_map
 from common.checkpoint import TRAINING_FILE, to_json, write_directory
 from common.config import TrainConfig, to_dict
 from common.errors import UserError, out_of_memory
-from common.expansion_config import GrpoConfig, SftConfig
+from common.expansion.config import GrpoConfig, SftConfig
 from common.progress import progress
 from common.runs import RunFolder, environment
 from common.training import interruptible

@@ -13,8 +13,8 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import BatchKVCache
 
-from common.grammar import Grammar
-from common.qmd import Sampling
+from common.expansion.grammar import Grammar
+from common.expansion.qmd import Sampling
 from mlx_impl.models.qwen import head
 
 CHECKED_EVERY = 8  # tokens between looks at which rows have ended

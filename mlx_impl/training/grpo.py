@@ -20,10 +20,10 @@ import numpy as np
 from mlx.utils import tree_map
 
 from common.errors import UserError
-from common.expansion_config import GrpoConfig, PolicyConfig
+from common.expansion.config import GrpoConfig, PolicyConfig
+from common.expansion.prompts import ExpansionPrompts
+from common.expansion.qmd import Sampling
 from common.metrics.expansion import score
-from common.prompts import ExpansionPrompts
-from common.qmd import Sampling
 from mlx_impl.models.qwen import LanguageModel, without_adapter
 from mlx_impl.training.adapters import AdapterTrainer, Logged
 from mlx_impl.training.generation import Continuation, generate, greedy

@@ -1,4 +1,4 @@
-"""The trainer of a language model; the loop itself is common.language_training's.
+"""The trainer of a language model; the loop itself is common.language.training's.
 
 Twin: jax_impl/training/language.py.
 """
@@ -14,13 +14,13 @@ import numpy as np
 from mlx.utils import tree_map
 
 from common.backends import checkpoint_identity
-from common.config_language import LanguageRecipe
 from common.data.language import LanguageBatch, PackedRows
 from common.data.teacher import StoredOutputs, stored_outputs
 from common.errors import UserError
-from common.language_training import LanguageLoop
-from common.prepare import cache_root
-from common.prepare_language import PreparedLanguage
+from common.language.config import LanguageRecipe
+from common.language.prepare import PreparedLanguage
+from common.language.training import LanguageLoop
+from common.reranker.prepare import cache_root
 from mlx_impl.language import build_language_model, load_language_model, save_language_model
 from mlx_impl.language_scoring import ModelScorer
 from mlx_impl.losses.language import store_teacher

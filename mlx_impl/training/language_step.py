@@ -14,7 +14,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from common.config_language import LanguageRecipe
+from common.language.config import LanguageRecipe
 from mlx_impl.losses.language import (
     StoredTeacher,
     certainty,

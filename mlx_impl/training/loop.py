@@ -1,4 +1,4 @@
-"""The trainer of a reranker; the loop itself is common.reranker_training's.
+"""The trainer of a reranker; the loop itself is common.reranker.training's.
 
 Twin: jax_impl/training/loop.py.
 """
@@ -16,8 +16,8 @@ from common.backends import checkpoint_identity
 from common.config import RerankerConfig, to_dict
 from common.data.pipeline import ListBatch
 from common.errors import UserError
-from common.prepare import Prepared, plan_batches
-from common.reranker_training import DevSet, RerankerLoop, check_model
+from common.reranker.prepare import Prepared, plan_batches
+from common.reranker.training import DevSet, RerankerLoop, check_model
 from common.runs import environment
 from mlx_impl.loading import LoadedReranker, load_cross_encoder, save_cross_encoder
 from mlx_impl.models.dropout import fold_in

@@ -15,7 +15,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from common.config import TrainConfig
-from common.config_language import LanguageTrainConfig
+from common.language.config import LanguageTrainConfig
 
 UNDECAYED = {"bias", "u", "gamma", "b"}  # last names of parameters that weight decay leaves alone
 # what the portable score has beside the encoder, in any family

@@ -19,9 +19,9 @@ from mlx.utils import tree_map
 
 from common.data.expansion import ExpansionData, ExpansionRow
 from common.errors import UserError, listed
-from common.expansion_config import SftConfig
+from common.expansion.config import SftConfig
+from common.expansion.prompts import ExpansionPrompts
 from common.metrics.expansion import score
-from common.prompts import ExpansionPrompts
 from mlx_impl.models.qwen import LanguageModel, head, hidden_states
 from mlx_impl.training.adapters import AdapterTrainer, Logged
 from mlx_impl.training.generation import generate, greedy

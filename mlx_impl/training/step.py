@@ -17,7 +17,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 
 from common.config import RerankerConfig
-from common.prepare import pairs_queries
+from common.reranker.prepare import pairs_queries
 from mlx_impl.losses.preservation import preservation_loss, state_preservation_loss
 from mlx_impl.losses.quantum import (
     alignment_loss,
@@ -65,7 +65,7 @@ class Batch(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """What the host tells a step: the settings of common.schedule.Phase, and `openness_at`."""
+    """What the host tells a step: the settings of common.reranker.schedule.Phase, and `openness_at`."""
 
     temperature: mx.array | float
     entropy_bonus: mx.array | float

@@ -20,8 +20,8 @@ pytest.importorskip("gguf", reason="needs gguf: install the extra `mlx`")
 pytest.importorskip("mlx_lm", reason="needs MLX and mlx-lm: install the extra `mlx`")
 
 from common.data.expansion import load_expansions, render_lines
-from common.expansion_config import SftConfig
-from common.prompts import ExpansionPrompts, load_tokenizer
+from common.expansion.config import SftConfig
+from common.expansion.prompts import ExpansionPrompts, load_tokenizer
 from mlx_impl import convert
 from mlx_impl.expansion import ExpansionOptions, tiny_base, train_sft
 from mlx_impl.export import gguf, runtime

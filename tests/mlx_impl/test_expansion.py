@@ -24,9 +24,9 @@ from mlx_lm.tuner.lora import LoRALinear
 from common.checkpoint import read_json, read_tensors
 from common.config import to_dict
 from common.errors import UserError
-from common.expansion_config import SftConfig
+from common.expansion.config import SftConfig
+from common.expansion.retrieval_effect import TEMPLATE
 from common.metrics.expansion import score_strict
-from common.retrieval_effect import TEMPLATE
 from common.runs import read_metrics
 from mlx_impl import convert, eval
 from mlx_impl.expansion import ExpansionOptions, train_grpo, train_sft

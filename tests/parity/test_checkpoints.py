@@ -10,9 +10,9 @@ import pytest
 
 from common.backends import load_scorer
 from common.data.sources import load_ranking_data
-from common.evaluation import score_pairs
 from common.metrics.ranking import evaluate_run, mean, ranked
-from common.prepare import candidates
+from common.reranker.evaluation import score_pairs
+from common.reranker.prepare import candidates
 from tests.parity.backends import check
 from tests.tiny import World, train
 

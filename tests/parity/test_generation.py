@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.generation import SamplingConfig, generate
+from common.language.generation import SamplingConfig, generate
 from tests.languages import random_decoder, randomise, transformers_decoder, write_transformers
 from tests.parity.backends import Backend
 from tests.parity.test_language_models import MODELS, SIZES, build

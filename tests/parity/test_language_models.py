@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.language import IndraConfig, InfinitoConfig, LanguageModelConfig, parameter_count
+from common.language.architectures import IndraConfig, InfinitoConfig, LanguageModelConfig, parameter_count
 from tests.languages import random_tokens, randomise
 from tests.parity.backends import MODEL_TOLERANCE, Backend, check
 from tests.parity.test_models import Twins, compare, dropout_keys

@@ -10,7 +10,7 @@ import pytest
 
 from common.config import ModelConfig, RerankerConfig, TrainConfig
 from common.reference.cases import float32_exact, parity_error
-from common.schedule import phase_at
+from common.reranker.schedule import phase_at
 from tests.parity.backends import (
     LOSS_TOLERANCE,
     MODEL_TOLERANCE,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from common.ablation import OUTCOME
 from common.errors import UserError
+from common.reranker.ablation import OUTCOME
 from scripts import ablate
 from tests.tiny import World, command, write_base
 

@@ -17,7 +17,7 @@ import pytest
 from common.config import DataConfig, load_recipe
 from common.data.sources import load_ranking_data, write_trec_run
 from common.errors import UserError
-from common.prepare import load_data
+from common.reranker.prepare import load_data
 from common.runs import read_metrics
 from tests.tiny import FILLER, World, command, write_collection
 
@@ -391,7 +391,7 @@ def refuse_work(*_: object, **__: object) -> None:
 def test_train_checks_its_runs_folder_before_the_work(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: list[str]
 ) -> None:
-    monkeypatch.setattr("common.workflow.load_data", refuse_work)
+    monkeypatch.setattr("common.reranker.workflow.load_data", refuse_work)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/tiny/.*: cannot be written \(Not a directory\)"):
         replace(project, runs=tmp_path / "file").train(*fresh)

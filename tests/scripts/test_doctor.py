@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.feedback import FeedbackStore, Scored
 from common.rag import RAGPipeline
-from common.registry import Registry
+from common.service.feedback import FeedbackStore, Scored
+from common.service.registry import Registry
 from scripts import cost, doctor
-from tests.common.test_registry import model
+from tests.common.service.test_registry import model
 
 
 def statuses(**named: object) -> dict[str, str]:

@@ -96,7 +96,7 @@ def test_gguf_is_verified_in_llama_cpp_and_a_bad_one_refused(
     with pytest.raises(UserError, match=r"a GGUF export, which llama.cpp reads: .*model.gguf"):
         run("evaluate", out / "fp32", "--data", world.data, "--encoder", world.base)
 
-    from common.llama_server import LlamaServer
+    from common.export.llama_server import LlamaServer
 
     real = LlamaServer.rerank
     monkeypatch.setattr(LlamaServer, "rerank", lambda *given: -real(*given))

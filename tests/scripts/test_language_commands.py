@@ -16,7 +16,7 @@ from scripts import compare, evaluate_lm, generate, prepare_data, train
 from tests.tiny_language import write_articles
 
 RECIPE = """
-from common.config_language import DecoderConfig, DecoderRecipe, LanguageDataConfig, LanguageTrainConfig
+from common.language.config import DecoderConfig, DecoderRecipe, LanguageDataConfig, LanguageTrainConfig
 
 
 def get_config():

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.feedback import FeedbackStore, Scored
-from common.monitoring import DAY
 from common.rag import RAGPipeline
+from common.service.feedback import FeedbackStore, Scored
+from common.service.monitoring import DAY
 from scripts import monitor
 
 PASSAGES = [{"id": f"d{n}", "title": "T", "text": f"passage {n} of some words"} for n in range(5)]

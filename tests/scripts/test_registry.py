@@ -8,7 +8,7 @@ import pytest
 
 from common.errors import UserError
 from scripts import registry
-from tests.common.test_registry import model
+from tests.common.service.test_registry import model
 
 
 def test_add_promote_roll_back_list_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,11 +16,11 @@ from common.data.combined import source_of
 from common.data.lists import random_negatives
 from common.data.sources import load_ranking_data
 from common.errors import UserError
-from common.evaluation import evaluate_recipe
 from common.metrics.ranking import evaluate_run, mean
-from common.prepare import candidates, dev_candidates, plan_batches, prepare
+from common.reranker.evaluation import evaluate_recipe
+from common.reranker.prepare import candidates, dev_candidates, plan_batches, prepare
+from common.reranker.workflow import train_recipe
 from common.text import PairTokenizer
-from common.workflow import train_recipe
 from tests.retrieval_fakes import WordScorer
 from tests.tiny import FILLER, World, write_collection
 

@@ -18,7 +18,7 @@ from common.data.language import (
     write_tokens,
 )
 from common.errors import UserError
-from common.language_text import LanguageTokenizer, corpus_tokenizer
+from common.language.text import LanguageTokenizer, corpus_tokenizer
 
 END = 0
 

@@ -17,9 +17,9 @@ import pytest
 
 from common.errors import UserError
 from common.rag import RAGPipeline
-from common.registry import Registry
 from common.service.app import ServiceConfig
 from common.service.core import Reloader, start_reranker
+from common.service.registry import Registry
 from tests.retrieval_fakes import MoodyScorer, SecondScorer, WordEncoder
 from tests.services import DOCUMENTS, running
 

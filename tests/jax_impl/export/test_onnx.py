@@ -13,8 +13,8 @@ from common.backends import Scores, load_encoder, load_scorer
 from common.checkpoint import write_directory
 from common.config import RerankerConfig
 from common.errors import UserError
-from common.export import PRECISIONS, Exported
-from common.onnx_scoring import batches_by_length
+from common.export.onnx_scoring import batches_by_length
+from common.export.verification import PRECISIONS, Exported
 from common.text import Encoded
 from jax_impl.export.onnx import HEADS, export_bi_encoder, export_cross_encoder
 from tests.rerankers import reranker

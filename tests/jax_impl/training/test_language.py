@@ -13,9 +13,9 @@ from common.checkpoint import read_tensors
 from common.config import to_dict
 from common.data.language import LanguageBatch
 from common.errors import UserError
-from common.language_evaluation import evaluate_perplexity
-from common.language_text import load_tokenizer
-from common.prepare_language import prepare_language
+from common.language.evaluation import evaluate_perplexity
+from common.language.prepare import prepare_language
+from common.language.text import load_tokenizer
 from common.runs import RunFolder
 from jax_impl.language_scoring import load_segment_scorer
 from jax_impl.training.language import LanguageTrainer

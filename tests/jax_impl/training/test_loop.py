@@ -21,7 +21,7 @@ import common.checkpoint as checkpoint
 from common.checkpoint import read_config, read_json, read_tensors
 from common.config import RerankerConfig, to_dict
 from common.errors import UserError
-from common.reranker_training import DevResult
+from common.reranker.training import DevResult
 from common.runs import read_metrics
 from jax_impl import loading
 from jax_impl.scoring import load_scorer

@@ -171,7 +171,7 @@ def test_llama_server_reads_and_continues_as_mlx_lm_does(base: Path, tmp_path: P
     pytest.importorskip("mlx_lm")
     import mlx.core as mx
 
-    from common.prompts import load_tokenizer
+    from common.expansion.prompts import load_tokenizer
     from mlx_impl.models.qwen import Origin, load_base
 
     tokenizer, model = load_tokenizer(base), load_base(Origin(base)).model

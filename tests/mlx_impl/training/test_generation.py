@@ -12,9 +12,9 @@ pytest.importorskip("mlx_lm", reason="needs MLX and mlx-lm: install the extra `m
 
 import mlx.core as mx
 
-from common.grammar import Grammar
-from common.prompts import ExpansionPrompts, load_tokenizer
-from common.qmd import Sampling, in_grammar
+from common.expansion.grammar import Grammar
+from common.expansion.prompts import ExpansionPrompts, load_tokenizer
+from common.expansion.qmd import Sampling, in_grammar
 from mlx_impl.models.qwen import Origin, load_base
 from mlx_impl.training.generation import generate, greedy
 from tests.tiny_expansion import write_expander, write_rows

@@ -12,7 +12,7 @@ pytest.importorskip("mlx_lm", reason="needs MLX and mlx-lm: install the extra `m
 
 import mlx.core as mx
 
-from common.expansion_config import PolicyConfig
+from common.expansion.config import PolicyConfig
 from mlx_impl.training.grpo import Completions, group_advantages, policy_loss, token_weights
 
 

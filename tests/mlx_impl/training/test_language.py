@@ -11,8 +11,8 @@ import pytest
 from common.checkpoint import read_tensors
 from common.config import to_dict
 from common.data.language import LanguageBatch
-from common.language_evaluation import evaluate_perplexity
-from common.prepare_language import prepare_language
+from common.language.evaluation import evaluate_perplexity
+from common.language.prepare import prepare_language
 from common.runs import RunFolder
 from tests.tiny_language import recipe, write_articles
 

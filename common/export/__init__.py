@@ -1,0 +1,1 @@
+"""Exported models: GGUF written, ONNX scored, llama.cpp's server, and each verified against its source."""

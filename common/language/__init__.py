@@ -1,0 +1,1 @@
+"""Language models, framework-neutral: settings, text, preparation, training loop, generation, evaluation."""

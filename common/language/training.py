@@ -1,0 +1,187 @@
+"""The training loop of a language model, for both backends: steps, dev perplexity, best, exact resume.
+
+A backend's trainer derives from LanguageLoop and brings model, step and state:
+{jax_impl,mlx_impl}/training/language.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from common.checkpoint import read_config
+from common.config import to_dict
+from common.data.language import LanguageBatch
+from common.errors import UserError
+from common.hub import resolve_model
+from common.language.architectures import LanguageModelConfig, language_config, parameter_count
+from common.language.config import LanguageRecipe
+from common.language.evaluation import LanguageResult, evaluate_perplexity
+from common.language.prepare import PreparedLanguage, plan_language
+from common.language.text import TOKENIZER_FILE, load_tokenizer
+from common.runs import environment
+from common.training import Notes, TrainingLoop, finite, planned_steps
+
+
+class LanguageLoop(TrainingLoop[LanguageResult, LanguageBatch]):
+    """One run of a recipe; see TrainingLoop.
+
+    `scorer` of a backend gives a SegmentScorer. Raises UserError for a recipe that does not fit data or base,
+    before anything is written.
+    """
+
+    def __init__(
+        self, recipe: LanguageRecipe, prepared: PreparedLanguage, *, say: Callable[[str], None] = print
+    ) -> None:
+        super().__init__(recipe.train, say=say)
+        self.recipe, self.prepared = recipe, prepared
+        self.tokenizer = prepared.tokenizer
+        self.base = None if recipe.base is None else resolve_model(recipe.base, say=say)
+        self.model_config = model_settings(recipe, prepared, self.base)
+        self.teacher = teacher_directory(recipe, prepared, say=say)
+        documents = prepared.split("train")
+        self.dev = prepared.split("dev", recipe.data.max_dev_documents)
+        self.plan = plan_language(recipe, documents, self.tokenizer.end)
+        self.steps = planned_steps(recipe.train, len(self.plan))
+        train = recipe.train
+        self.say(
+            f"model: {parameter_count(self.model_config):,} parameters; {self.steps:,} steps "
+            f"({self.steps / len(self.plan):.2f} epochs) of {train.batch_size} x {train.unroll} x "
+            f"{recipe.model.context} tokens"
+        )
+
+    def _batches(self) -> Any:
+        return self.plan.loader(self.steps)
+
+    def _log(self, step: int, logged: Mapping[str, Any], batch: LanguageBatch) -> str:
+        values = finite(step, logged)
+        beside = {"learning_rate": self._learning_rate(step), "counted_share": batch.token_share}
+        self.folder.log(step, "train", values | beside)
+        return f"loss {values['loss']:.4f}"
+
+    def _tell(self, step: int, result: LanguageResult, notes: Notes) -> None:
+        found = result.perplexity
+        numbers = {
+            "perplexity": found.token,
+            "word_perplexity": found.word,
+            "bits_per_byte": found.bits_per_byte,
+        }
+        self.folder.log(step, "dev", numbers | (result.memory or {}))
+        self.say(f"dev at step {step}, {result.mode}: {found.line()}")
+
+    def _better(self, result: LanguageResult, notes: Notes) -> Notes | None:
+        found = result.perplexity.token
+        return {"best": found} if notes["best"] is None or found < notes["best"] else None
+
+    def _measure(self) -> LanguageResult:
+        scorer, evaluation = self.scorer(), self.recipe.evaluation
+        try:
+            return evaluate_perplexity(
+                scorer,
+                self.dev,
+                self.tokenizer.end,
+                cache=scorer.carries,
+                batch_size=evaluation.batch_size,
+                stride=evaluation.stride,
+            )
+        except ValueError as error:
+            raise UserError(
+                f"dev cannot be measured: {error}. Lower --train.learning-rate, then start --fresh."
+            ) from error
+
+    def _write(self, directory: Path, step: int, result: LanguageResult) -> None:
+        training = {
+            "config": to_dict(self.recipe),
+            "data": {"name": self.prepared.name, "fingerprint": self.prepared.fingerprint},
+            "step": step,
+            "dev": result.json(),
+            **environment(self.device),
+        }
+        self.write(directory, training, language_card(self.recipe, self.model_config, training))
+
+    def _memory_advice(self) -> str:
+        train = self.recipe.train
+        return (
+            f"lower --train.batch-size ({train.batch_size}), --train.unroll ({train.unroll}) or "
+            f"--evaluation.batch-size ({self.recipe.evaluation.batch_size})"
+        )
+
+
+def model_settings(
+    recipe: LanguageRecipe, prepared: PreparedLanguage, base: Path | None
+) -> LanguageModelConfig:
+    """The settings of the model to train: the recipe's with the tokenizer's vocabulary, or the base's.
+
+    UserError for a base of another kind, of a shorter context, or with fewer tokens than its tokenizer.
+    """
+    size = prepared.tokenizer.vocab_size
+    if base is None:
+        return dataclasses.replace(recipe.model, vocab_size=size)
+    found = language_config(read_config(base), base)
+    if type(found) is not type(recipe.model):
+        raise UserError(
+            f"base {base}: is a {type(found).__name__.removesuffix('Config')}, the recipe trains a "
+            f"{type(recipe.model).__name__.removesuffix('Config')}. Use the recipe of its kind in configs/."
+        )
+    if found.context < recipe.model.context:
+        raise UserError(
+            f"base {base}: has a context of {found.context} tokens, the recipe asks for "
+            f"{recipe.model.context}: lower the recipe's."
+        )
+    if found.vocab_size < size:
+        raise UserError(f"base {base}: has {found.vocab_size:,} tokens, its tokenizer {size:,}: they differ.")
+    rates: dict[str, Any] = recipe.rates
+    return dataclasses.replace(found, **rates)
+
+
+def teacher_directory(
+    recipe: LanguageRecipe, prepared: PreparedLanguage, *, say: Callable[[str], None]
+) -> Path | None:
+    """Where the teacher lies; None without one. UserError with both sizes where its vocabulary is another."""
+    name = recipe.distillation.teacher
+    if name is None:
+        return None
+    directory = resolve_model(name, say=say)
+    theirs, ours = (
+        language_config(read_config(directory), directory).vocab_size,
+        prepared.tokenizer.vocab_size,
+    )
+    if theirs != ours:
+        raise UserError(
+            f"teacher {name}: has a vocabulary of {theirs:,} tokens, the student {ours:,}: their "
+            "distributions cannot be compared. Choose --data.tokenizer as the teacher's."
+        )
+    file = directory / TOKENIZER_FILE
+    if file.exists() and load_tokenizer(file).vocabulary() != prepared.tokenizer.vocabulary():
+        raise UserError(
+            f"teacher {name}: has {theirs:,} tokens as the student, but other ones. Choose --data.tokenizer "
+            f"{directory}."
+        )
+    return directory
+
+
+def language_card(recipe: LanguageRecipe, config: LanguageModelConfig, training: Mapping[str, Any]) -> str:
+    """README.md of a checkpoint directory: what it is, how to use it, what was measured."""
+    dev, data = training["dev"], training["data"]
+    kind = type(recipe.model).__name__.removesuffix("Config")
+    taught = f", distilled from `{recipe.distillation.teacher}`" if recipe.distillation.teacher else ""
+    begun = f", from `{recipe.base}`" if recipe.base else ""
+    return f"""---
+pipeline_tag: text-generation
+---
+# {recipe.name}
+
+{kind}, {parameter_count(config):,} parameters, trained on `{data["name"]}` (tokens
+{data["fingerprint"]}){begun}{taught}, step {training["step"]}.
+
+| dev, {dev["tokens"]:,} tokens of {dev["documents"]:,} documents, {dev["mode"]}, context {dev["context"]} | |
+|---|---|
+| perplexity a token | {dev["token"]:.2f} |
+| perplexity a word, end of line counted | {dev["word"]:.2f} |
+| bits a byte | {dev["bits_per_byte"]:.4f} |
+
+This split chose the checkpoint; measure the test split with `scripts/evaluate_lm.py`. Generate with
+`scripts/generate.py --model DIR --prompt "..."`.
+"""

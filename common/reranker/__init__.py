@@ -1,0 +1,1 @@
+"""Rerankers, framework-neutral: preparation, the training loop, evaluation, analysis, mining, ablation."""
