@@ -85,12 +85,12 @@ class GrpoTrainer(AdapterTrainer):
         """Ask, reward, and update grpo.num_iterations times."""
         began = time.perf_counter()
         queries = self.ask(step)
-        written = self.write(queries, step)
+        written = self.complete(queries, step)
         parts = self.reward(queries, written)
         total = np.sum([self.rewards[name][0] * values for name, values in parts.items()], axis=0)
         generated = time.perf_counter() - began
         advantages, silent = group_advantages(total, self.settings.grpo)
-        batches = self._batches(queries, written, advantages)
+        batches = self._parts(queries, written, advantages)
         seed = self.settings.training.seed * 1_000_003 + step
         before = [self._score(batch, seed) for batch in batches]
         logged = self._update(batches, before, seed)
@@ -118,7 +118,7 @@ class GrpoTrainer(AdapterTrainer):
         chosen = order[place * self.asked : (place + 1) * self.asked]
         return [self.queries[i] for i in chosen for _ in range(self.settings.grpo.num_generations)]
 
-    def write(self, queries: Sequence[str], step: int) -> list[Continuation]:
+    def complete(self, queries: Sequence[str], step: int) -> list[Continuation]:
         """A completion of each; `queries` holds each one num_generations times in a row."""
         policy, sampling = self.settings.grpo, self.settings.generation
         self.model.eval()
@@ -172,7 +172,7 @@ class GrpoTrainer(AdapterTrainer):
             for query, text in zip(queries, texts, strict=True)
         ]
 
-    def _batches(
+    def _parts(
         self, queries: Sequence[str], written: Sequence[Continuation], advantages: np.ndarray
     ) -> list[Completions]:
         """Forward passes of training.batch_size rows; the weights of all of them make one loss."""

@@ -86,7 +86,7 @@ def test_sft_learns_logs_and_keeps_the_best_adapter(trained: Trained) -> None:
     assert train[-1]["loss"] < train[0]["loss"] - 1
     assert [line["step"] for line in dev] == [3, 6] and all("score" in line for line in dev)
     summary = read_json(trained.sft / "results.json")
-    assert summary["best"] == min(line["loss"] for line in dev)
+    assert summary["best_dev"] == min(line["loss"] for line in dev)
     settings = read_json(trained.sft / "best" / "adapter_config.json")
     assert settings["lora_parameters"]["scale"] == 2.0 and len(settings["lora_parameters"]["keys"]) == 7
     assert "model.embed_tokens.weight" in adapter(trained.sft)
