@@ -252,7 +252,7 @@ def test_what_eval_cannot_do_is_said_before_a_model_is_loaded(trained: Trained, 
         ({"output": file}, r"cannot be written"),
         ({"output": file / "below"}, r"cannot be written"),
     ):
-        options = eval.EvalOptions((str(tmp_path / "no model"),), **({"output": tmp_path / "out"} | wrong))  # type: ignore[arg-type]
+        options = eval.EvalOptions((str(tmp_path / "no model"),), **({"output": tmp_path / "out"} | wrong))
         with pytest.raises(UserError, match=told):
             eval.evaluate(options, silent)
 
@@ -384,13 +384,12 @@ def test_a_base_that_is_wrong_is_named(trained: Trained, tmp_path: Path) -> None
 
 
 def test_an_adapter_that_does_not_fit_is_named(trained: Trained, tmp_path: Path) -> None:
-    for number, wrong in enumerate(({"keys": None}, {"rank": 0})):
-        bad = changed(
-            trained.sft / "best",
-            tmp_path / f"bad {number}",
-            "adapter_config.json",
-            lambda c, wrong=wrong: c["lora_parameters"].update(wrong),
-        )
+    for wrong in ("keys", "rank"):
+
+        def emptied(content: dict[str, Any], wrong: str = wrong) -> None:
+            content["lora_parameters"][wrong] = 0
+
+        bad = changed(trained.sft / "best", tmp_path / f"bad {wrong}", "adapter_config.json", emptied)
         with pytest.raises(UserError, match=r"expected `keys`, the names of the adapted layers"):
             load_trained(str(bad), say=silent)
     other = write_expander(tmp_path / "other", trained.rows, intermediate_size=96)
