@@ -23,6 +23,7 @@ from common.checkpoint import (
     CONFIG_FILE,
     MODEL_FILE,
     TRAINING_FILE,
+    check_writable,
     read_json,
     to_json,
     write_directory,
@@ -63,11 +64,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def convert(options: ConvertOptions, say: Callable[[str], None] = print) -> list[Path]:
     """Write hf/, a GGUF of each type, Modelfile and README.md; returns the GGUF files, verified.
 
-    Raises UserError: an unknown type, an adapter that does not fit, no chat template, a full disk.
+    Raises UserError: an unknown type, an adapter that does not fit, no chat template, a full disk, an output
+    folder with other files.
     """
     kinds = _checked_types(options.types)
+    _check_output(options.output)
     checkpoint = fuse_checkpoint(options, say)
-    name = options.output.name
+    name = options.output.resolve().name
     files, checks = [], []
     metadata = {
         "license": options.license,
@@ -157,6 +160,15 @@ def _checked_types(types: Sequence[str]) -> list[str]:
     return kinds
 
 
+def _check_output(folder: Path) -> None:
+    check_writable(folder / "Modelfile")
+    if folder.exists() and any(folder.iterdir()) and not (folder / "hf" / TRAINING_FILE).exists():
+        raise UserError(
+            f"{folder}: holds other files and no earlier export; its README.md would be replaced. Choose "
+            "another --output."
+        )
+
+
 def _k_quant(
     checkpoint: Path, file: Path, kind: str, name: str, metadata: dict[str, str], say: Callable[[str], None]
 ) -> None:
@@ -206,7 +218,7 @@ def _card(
 license: {options.license}
 {on_hub}tags: [gguf, qmd, query-expansion]
 ---
-# {options.output.name}
+# {options.output.resolve().name}
 
 Rewrites a search query into `lex`, `vec` and `hyde` lines for QMD. From `{base}`, trained on {data}.
 

@@ -17,6 +17,7 @@ from typing import Literal
 import tyro
 
 from common.backends import load_encoder
+from common.checkpoint import check_writable
 from common.data.expansion import EvalQuery, load_expansions, read_queries
 from common.data.generated import generated_queries
 from common.data.records import RankingData
@@ -114,6 +115,7 @@ def evaluate(options: EvalOptions, say: Callable[[str], None] = print) -> Expans
     """
     if not options.models:
         raise UserError("no model given: name a run, an adapter directory or a checkpoint.")
+    _check(options)
     queries = _queries(options)
     golden = load_expansions(options.golden).val if options.golden else ()
     data = load_ranking_data(options.retrieval) if options.retrieval else None
@@ -134,6 +136,19 @@ def evaluate(options: EvalOptions, say: Callable[[str], None] = print) -> Expans
     for path in evaluation.write(options.output):
         say(f"written: {path}")
     return evaluation
+
+
+def _check(options: EvalOptions) -> None:
+    least = {"max_queries": 1, "max_tokens": 1, "batch_size": 1, "max_retrieval_queries": 1, "seed": 0}
+    given = {name: getattr(options, name) for name in least}
+    wrong = [
+        f"--{name.replace('_', '-')} is {value}; allowed: {least[name]} or more"
+        for name, value in given.items()
+        if value is not None and value < least[name]
+    ]
+    if wrong:
+        raise UserError("; ".join(wrong))
+    check_writable(options.output / "expansion.json")
 
 
 def _queries(options: EvalOptions) -> list[EvalQuery]:

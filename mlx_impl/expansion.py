@@ -91,17 +91,18 @@ def train_grpo(config: GrpoConfig, options: ExpansionOptions, say: Say = print) 
     """Run `grpo`, or go on with it; returns the run's folder. Raises UserError before anything is trained."""
     loaded = _start(config, say)
     data, retrieval = load_data(config, say), _retrieval(config, say)
-    inputs = {"start": _identity(loaded.origin)}
+    inputs, name = {"start": _identity(loaded.origin)}, data.name
     prompts = expansion_prompts(config, loaded)
     add_lora(loaded, config.lora, config.training.seed)
     queries = [row.query for row in data.train]
     held_out = [row.query for row in data.val]
     if retrieval is not None:
+        inputs["retrieval"], name = retrieval.fingerprint, f"{config.reward.retrieval_data} (its queries)"
         asked = sorted(retrieval.queries, key=lambda query: hashlib.sha256(query.encode()).digest())
         cut = max(1, len(asked) // 10)
         queries, held_out = asked[cut:], asked[:cut]
     queries, rewards = queries[: config.dataset.max_samples], _rewards(config, retrieval)
-    trainer = GrpoTrainer(config, loaded, prompts, queries, held_out, rewards, data_name=data.name, say=say)
+    trainer = GrpoTrainer(config, loaded, prompts, queries, held_out, rewards, data_name=name, say=say)
     if options.dry_run:
         return _dry(trainer)
     with _folder(config, options, data, inputs) as run:
@@ -122,7 +123,7 @@ def _start(config: GrpoConfig, say: Say) -> LanguageModel:
             f"model.sft {model.sft}: no adapter there. Train it first (python mlx_impl/train.py sft), name "
             "its run, or start from a base alone: --model.sft none --base NAME."
         )
-    loaded = load_trained(model.sft, model.base or None, say)
+    loaded = load_trained(model.sft, model.base or None, say, model.torch_dtype)
     if _bits(config) and loaded.origin.bits != _bits(config):
         raise UserError(
             f"model.load_in_{_bits(config)}bit: the SFT model was trained on a base with "
@@ -209,6 +210,8 @@ def _folder(
     config: SftConfig | GrpoConfig, options: ExpansionOptions, data: ExpansionData, inputs: dict[str, str]
 ) -> RunFolder:
     output = Path(config.model.output).expanduser()
+    if options.fresh:
+        _check_apart(config, output)
     return RunFolder.create(
         output.parent,
         output.name,
@@ -218,6 +221,21 @@ def _folder(
         inputs={"command": type(config).__name__, **inputs},
         device=accelerator(),
     )
+
+
+def _check_apart(config: SftConfig | GrpoConfig, output: Path) -> None:
+    """UserError where starting over would delete what the run begins at."""
+    names = {"model.base": config.model.base, "dataset.name": config.dataset.name}
+    if isinstance(config, GrpoConfig):
+        names["model.sft"] = config.model.sft
+        names["reward.retrieval_data"] = config.reward.retrieval_data
+    for key, name in names.items():
+        path = Path(name).expanduser()
+        if name and path.exists() and path.resolve().is_relative_to(output.resolve()):
+            raise UserError(
+                f"{key} {name} lies in model.output {config.model.output}, which --fresh deletes. Choose "
+                "another --output."
+            )
 
 
 def _dry(trainer: AdapterTrainer) -> Path:

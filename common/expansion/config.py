@@ -279,6 +279,22 @@ class GrpoConfig:
                     bool(reward.retrieval_data) or not reward.retrieval,
                     "a BEIR folder where reward.retrieval is not 0",
                 ),
+                (
+                    "lora.train_embeddings",
+                    not self.lora.train_embeddings,
+                    "false: the KL's reference is the model with the adapter off, and embeddings that "
+                    "learned cannot be switched off",
+                ),
+                (
+                    "dataset.trim_hyde",
+                    not self.dataset.trim_hyde,
+                    "false: of a row GRPO reads the query alone",
+                ),
+                (
+                    "prompt.final_newline",
+                    self.prompt.final_newline,
+                    "true: GRPO has no targets, its completions are rewarded as they are",
+                ),
                 ("training.best", self.training.best == "score", "'score': GRPO's loss does not rank models"),
             ],
         )

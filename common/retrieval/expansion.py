@@ -209,6 +209,7 @@ class RetrievalGain:
         self.ndcg_weight, self.recall_weight = ndcg_weight, recall_weight
         self.drift_weight, self.invalid = drift_weight, invalid
         self._name = f"{data.name} {split}"
+        self.fingerprint = data.fingerprint
         self._grades = {data.queries[query]: grades for query, grades in data.split(split).items()}
         self._place = {passage: place for place, passage in enumerate(self.search.ids)}
         self._known = {same_words(text): text for text in self._grades}

@@ -168,15 +168,21 @@ def read_vocabulary(directory: Path, size: int) -> Vocabulary:
             f"{directory}: the tokenizer has token {max(ids)} and the model a vocabulary of {size}; they do "
             "not belong together. Copy the tokenizer files of the model's own base."
         )
-    filled = [ids.get(i, (f"[PAD{i}]", gguf.TokenType.UNUSED)) for i in range(size)]
     numbers = {token: number for number, (token, _) in ids.items()}
+    end = _text(settings.get("eos_token"))
+    if end not in numbers:
+        raise UserError(
+            f"{directory / 'tokenizer_config.json'}: eos_token is {end!r}, no token of tokenizer.json; "
+            "without it llama.cpp would not know where an answer ends. Copy the base's own tokenizer files."
+        )
+    filled = [ids.get(i, (f"[PAD{i}]", gguf.TokenType.UNUSED)) for i in range(size)]
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     return Vocabulary(
         [token for token, _ in filled],
         [int(kind) for _, kind in filled],
         merges,
         read_template(directory, settings),
-        numbers[_text(settings["eos_token"])],
+        numbers[end],
         numbers.get(_text(settings.get("pad_token"))),
     )
 

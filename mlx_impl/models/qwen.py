@@ -175,6 +175,12 @@ def load_adapter(loaded: LanguageModel, directory: Path) -> None:
     parameters = settings.get("lora_parameters")
     if settings.get("fine_tune_type", "lora") != "lora" or not isinstance(parameters, dict):
         raise UserError(f"{directory / ADAPTER_CONFIG}: not a LoRA adapter; expected `lora_parameters`.")
+    numbers = [parameters.get("rank"), parameters.get("scale")]
+    if not parameters.get("keys") or not all(isinstance(x, int | float) and x > 0 for x in numbers):
+        raise UserError(
+            f"{directory / ADAPTER_CONFIG}: `lora_parameters` is {parameters}; expected `keys`, the names of "
+            "the adapted layers, and a `rank` and a `scale` above 0."
+        )
     targets = tuple(sorted({key.rpartition(".")[2] for key in parameters["keys"]}))
     lora = LoraConfig(parameters["rank"], parameters["rank"] * parameters["scale"], 0.0, targets)
     try:
@@ -231,17 +237,21 @@ def find_adapter(path: Path) -> Path | None:
     return None
 
 
-def load_trained(name: str, base: str | None = None, say: Callable[[str], None] = print) -> LanguageModel:
+def load_trained(
+    name: str, base: str | None = None, say: Callable[[str], None] = print, dtype: str = "auto"
+) -> LanguageModel:
     """A model as trained: an adapter or run with all that it stands on, or a whole checkpoint, in evaluation
     mode.
 
-    Adapters of a base that is not quantised are fused into it. `base` replaces the recorded base's place.
+    Adapters of a base that is not quantised are fused into it. `base` replaces the recorded base's place,
+    `dtype` ("auto": as recorded) the type of its weights.
     """
     directory = find_adapter(Path(name))
     if directory is None:
-        loaded = load_base(Origin(resolve_base(name, say)))
+        loaded = load_base(Origin(resolve_base(name, say), dtype=dtype))
     else:
         origin = read_origin(directory, base, say)
+        origin = origin if dtype == "auto" else replace(origin, dtype=dtype)
         loaded = load_base(origin)
         for adapter in (*origin.below, directory):
             load_adapter(loaded, adapter)

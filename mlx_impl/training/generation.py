@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import BatchKVCache
 
+from common.errors import UserError
 from common.expansion.grammar import Grammar
 from common.expansion.qmd import Sampling
 from mlx_impl.models.qwen import head
@@ -49,8 +50,9 @@ def generate(
     Temperature 0 is greedy, top_k 0 and top_p 1 take all tokens; the presence penalty looks at the answer
     alone.
     `batch_size` counts rows (at least one prompt's copies); prompts of like length share a batch. `end` is
-    the token that ends a turn.
+    the token that ends a turn. UserError where a prompt and max_tokens exceed the model's context.
     """
+    _check_room(model, prompts, sampling.max_tokens)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     size = max(1, batch_size // copies)
     found: list[list[Continuation]] = [[] for _ in prompts]
@@ -63,6 +65,16 @@ def generate(
             found[i] = rows[place * copies : (place + 1) * copies]
     mx.clear_cache()
     return [row for rows in found for row in rows]
+
+
+def _check_room(model: Any, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    context = model.args.max_position_embeddings
+    longest = max(map(len, prompts), default=0)
+    if longest + max_tokens > context:
+        raise UserError(
+            f"the longest prompt has {longest} tokens, and up to {max_tokens} are to follow; the model's "
+            f"context is {context}. Shorten the query, or lower the limit of new tokens (max_tokens)."
+        )
 
 
 class _Batch:

@@ -197,11 +197,20 @@ class GrpoTrainer(AdapterTrainer):
         return {"held_out": found}
 
     def _kl(self, queries: Sequence[str], written: Sequence[Continuation]) -> float:
-        """Mean k3 KL to the start over the tokens of completions that the model drew itself."""
+        """Mean k3 KL to the start over the tokens of completions that the model drew itself.
+
+        Computed without the compiled functions of a step: these keep the dropout that they were traced with.
+        """
         batches = self._parts(queries, written, np.zeros(len(written)))
-        scored = [self._score(batch, 0) for batch in batches]
-        apart = [reference - own for own, reference, _ in scored]
-        return _mean([mx.exp(value) - value - 1 for value in apart], [batch.mask for batch in batches])
+        temperature, found = self.settings.generation.temperature, []
+        for batch in batches:
+            own, _ = log_probs(self.model, batch.ids, temperature)
+            with without_adapter(self.model):
+                reference, _ = log_probs(self.model, batch.ids, temperature)
+            apart = reference - own
+            found.append(mx.exp(apart) - apart - 1)
+            mx.eval(found[-1])
+        return _mean(found, [batch.mask for batch in batches])
 
     def _prompt(self, query: str) -> list[int]:
         """As QMD asks: GRPO's completions are those that it would get."""

@@ -24,15 +24,18 @@ from mlx_lm.tuner.lora import LoRALinear
 from common.checkpoint import read_json, read_tensors
 from common.config import to_dict
 from common.data.expansion import load_expansions
+from common.data.sources import load_ranking_data
 from common.errors import UserError
 from common.expansion.config import SftConfig
+from common.expansion.prompts import ExpansionPrompts, load_tokenizer
 from common.expansion.retrieval_effect import TEMPLATE
 from common.metrics.expansion import score, score_strict
 from common.runs import read_metrics
 from mlx_impl import convert, eval
 from mlx_impl.expansion import ExpansionOptions, train_grpo, train_sft
-from mlx_impl.models.qwen import Origin, load_base, load_trained
+from mlx_impl.models.qwen import Origin, add_lora, load_base, load_trained, without_adapter
 from mlx_impl.train import main
+from mlx_impl.training.generation import greedy
 from mlx_impl.training.grpo import GrpoTrainer
 from mlx_impl.training.sft import SftTrainer
 from tests.tiny_expansion import grpo_config, sft_config, write_expander, write_rows
@@ -118,6 +121,86 @@ def test_grpo_says_what_it_gained_on_queries_that_did_not_choose_the_best(traine
         assert row["low"] <= row["difference"] <= row["high"] and 0 < row["p"] <= 1
 
 
+def test_the_kl_of_the_best_adapter_is_without_dropout(trained: Trained, tmp_path: Path) -> None:
+    """By hand from the logits, after a step's own functions were traced with a dropout of a half."""
+    config = grpo_config(trained.rows, trained.sft, tmp_path / "grpo")
+    config = replace(config, lora=replace(config.lora, dropout=0.5))
+    loaded = load_trained(str(trained.sft), say=silent)
+    add_lora(loaded, config.lora, 1)
+    model, queries = loaded.model, ["clean lamp", "move sofa"]
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "v_proj")):
+            module.lora_b = 0.05 * mx.random.normal(module.lora_b.shape, key=mx.random.key(3))
+    prompts = ExpansionPrompts(load_tokenizer(trained.base))
+    reward = {"score": (1.0, lambda pairs: [0.0 for _ in pairs])}
+    trainer = GrpoTrainer(config, loaded, prompts, queries, queries, reward, data_name="rows", say=silent)
+    written = trainer._answers(queries, greedy(8))
+    model.train()
+    trainer._score(trainer._parts(queries, written, np.zeros(2))[0], 0)
+    model.eval()
+    parts = []
+    for query, row in zip(queries, written, strict=True):
+        start = prompts.prompt(query)
+        ids = mx.array([[*start, *row.ids, *([prompts.end_id] if row.ended else [])]])
+
+        def found(ids: mx.array = ids, first: int = len(start) - 1) -> np.ndarray:
+            logits = np.array(model(ids))[0, first:-1].astype(np.float64)
+            norms = np.log(np.exp(logits).sum(axis=-1))
+            return logits[np.arange(len(logits)), np.array(ids)[0, first + 1 :]] - norms
+
+        own = found()
+        with without_adapter(model):
+            apart = found() - own
+        parts.append(np.exp(apart) - apart - 1)
+    expected = np.concatenate(parts).mean()
+    assert expected > 1e-4
+    np.testing.assert_allclose(trainer._kl(queries, written), expected, rtol=0.02)
+
+
+def test_starting_over_deletes_nothing_that_the_run_begins_at(trained: Trained, tmp_path: Path) -> None:
+    fresh = ExpansionOptions(fresh=True)
+    before = (trained.sft / "best" / "adapters.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"model\.sft .* lies in model\.output .* --fresh deletes"):
+        train_grpo(grpo_config(trained.rows, trained.sft, trained.sft), fresh, silent)
+    assert (trained.sft / "best" / "adapters.safetensors").read_bytes() == before
+    with pytest.raises(UserError, match=r"model\.base .* lies in model\.output"):
+        train_sft(sft_config(trained.rows, trained.base, trained.base.parent), fresh, silent)
+
+
+def test_grpo_takes_the_type_of_its_config_and_notes_the_collection_it_was_rewarded_on(
+    trained: Trained, tmp_path: Path
+) -> None:
+    config = grpo_config(trained.rows, trained.sft, tmp_path / "grpo", max_completion_length=4)
+    reward = replace(
+        config.reward, score=0.0, retrieval=1.0, retrieval_data="generated", retrieval_encoder="none"
+    )
+    config = replace(
+        config,
+        model=replace(config.model, torch_dtype="bfloat16"),
+        training=replace(config.training, max_steps=1, batch_size=8, gradient_accumulation_steps=1),
+        evaluation=replace(config.evaluation, queries=4, max_tokens=4),
+        dataset=replace(config.dataset, max_samples=4),
+        reward=reward,
+    ).validate()
+    run = train_grpo(config, OPTIONS, silent)
+    assert load_trained(str(run), say=silent).model.layers[0].mlp.up_proj.weight.dtype == mx.bfloat16
+    assert read_json(run / "best" / "training.json")["data"]["name"].startswith("generated")
+    inputs = read_json(run / "config.json")["inputs"]
+    assert inputs["retrieval"] == load_ranking_data("generated").fingerprint
+
+
+def test_a_head_of_its_own_is_trained_and_fused(trained: Trained, tmp_path: Path) -> None:
+    base = write_expander(tmp_path / "base", trained.rows, tie_word_embeddings=False)
+    run = train_sft(sft_config(trained.rows, base, tmp_path / "sft", max_steps=1), OPTIONS, silent)
+    assert {"lm_head.weight", "model.embed_tokens.weight"} < set(adapter(run))
+    convert.convert(convert.ConvertOptions(str(run), tmp_path / "out", types=("F32",), run=False), silent)
+    ids = mx.array([[300, 5, 7]])
+    ours, plain = load_trained(str(run), say=silent).model(ids), load_base(Origin(base)).model(ids)
+    fused = load_trained(str(tmp_path / "out" / "hf"), say=silent).model(ids)
+    np.testing.assert_allclose(np.array(fused), np.array(ours), atol=1e-5)
+    assert float(mx.abs(ours - plain).max()) > 1e-3
+
+
 def test_a_trained_model_is_its_fused_checkpoint(trained: Trained, tmp_path: Path) -> None:
     """convert.py's hf/ gives the logits of base + SFT + GRPO, and eval.py judges both alike."""
     files = convert.convert(
@@ -157,6 +240,28 @@ def test_eval_writes_tables_and_outputs_beside_the_template(trained: Trained, tm
     assert "RM3" in text and "Against golden rows" in text
     again = eval.evaluate(options, silent)
     assert [r.text for r in again.results["sft"]] == [r.text for r in evaluation.results["sft"]]
+
+
+def test_what_eval_cannot_do_is_said_before_a_model_is_loaded(trained: Trained, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    for wrong, told in (
+        ({"max_queries": -1}, r"--max-queries is -1; allowed: 1 or more"),
+        ({"max_tokens": 0, "seed": -1}, r"--max-tokens is 0.*--seed is -1; allowed: 0 or more"),
+        ({"max_retrieval_queries": 0}, r"--max-retrieval-queries is 0"),
+        ({"output": file}, r"cannot be written"),
+        ({"output": file / "below"}, r"cannot be written"),
+    ):
+        options = eval.EvalOptions((str(tmp_path / "no model"),), **({"output": tmp_path / "out"} | wrong))
+        with pytest.raises(UserError, match=told):
+            eval.evaluate(options, silent)
+
+
+def test_convert_replaces_no_files_that_are_not_its_own(trained: Trained, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(UserError, match=r"holds other files and no earlier export"):
+        convert.convert(convert.ConvertOptions(str(trained.sft), tmp_path, run=False), silent)
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def crash_in(monkeypatch: pytest.MonkeyPatch, kind: Any, step: int) -> None:
@@ -279,6 +384,14 @@ def test_a_base_that_is_wrong_is_named(trained: Trained, tmp_path: Path) -> None
 
 
 def test_an_adapter_that_does_not_fit_is_named(trained: Trained, tmp_path: Path) -> None:
+    for wrong in ("keys", "rank"):
+
+        def emptied(content: dict[str, Any], wrong: str = wrong) -> None:
+            content["lora_parameters"][wrong] = 0
+
+        bad = changed(trained.sft / "best", tmp_path / f"bad {wrong}", "adapter_config.json", emptied)
+        with pytest.raises(UserError, match=r"expected `keys`, the names of the adapted layers"):
+            load_trained(str(bad), say=silent)
     other = write_expander(tmp_path / "other", trained.rows, intermediate_size=96)
     with pytest.raises(UserError, match=r"wrong shape: .*mlp"):
         load_trained(str(trained.sft), str(other), silent)

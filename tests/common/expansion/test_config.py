@@ -102,6 +102,9 @@ def test_all_wrong_keys_are_listed_together(tmp_path: Path) -> None:
         ("grpo", ["--grpo.num-generations", "3"], r"a divisor of training\.batch_size x .* \(16\)"),
         ("grpo", ["--reward.retrieval", "1"], r"retrieval_data is ''; allowed: a BEIR folder"),
         ("grpo", ["--generation.temperature", "0"], r"temperature is 0.*a group must differ"),
+        ("grpo", ["--lora.train-embeddings"], r"train_embeddings is True.*the KL's reference is the model"),
+        ("grpo", ["--dataset.trim-hyde"], r"trim_hyde is True.*reads the query alone"),
+        ("grpo", ["--prompt.no-final-newline"], r"final_newline is False.*GRPO has no targets"),
         ("grpo", ["--reward.score", "0"], r"reward\.score is 0.*one weight not 0"),
     ],
 )

@@ -103,6 +103,8 @@ def test_a_checkpoint_that_cannot_be_exported_is_named(base: Path, tmp_path: Pat
 
     with pytest.raises(UserError, match="has no chat template"):
         written(changed("a", "tokenizer_config.json", chat_template=None), tmp_path / "out")
+    with pytest.raises(UserError, match=r"eos_token is .*no token of tokenizer\.json"):
+        written(changed("e", "tokenizer_config.json", eos_token=None), tmp_path / "out")
     with pytest.raises(UserError, match="model_type is 'llama'"):
         written(changed("b", "config.json", model_type="llama"), tmp_path / "out")
     with pytest.raises(UserError, match=r"has token \d+ and the model a vocabulary of 100"):

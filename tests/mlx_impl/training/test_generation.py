@@ -12,6 +12,7 @@ pytest.importorskip("mlx_lm", reason="needs MLX and mlx-lm: install the extra `m
 
 import mlx.core as mx
 
+from common.errors import UserError
 from common.expansion.grammar import Grammar
 from common.expansion.prompts import ExpansionPrompts, load_tokenizer
 from common.expansion.qmd import Sampling, in_grammar
@@ -93,3 +94,10 @@ def test_an_answer_held_to_the_grammar_is_in_it(world: tuple[Any, ExpansionPromp
     lines = [text[: text.rindex("\n") + 1] for text in texts if "\n" in text]
     assert lines and all(in_grammar(text) for text in lines)
     assert all(text.startswith(("lex: ", "vec: ", "hyde: ")) for text in texts)
+
+
+def test_an_answer_that_the_context_cannot_hold_is_refused(world: tuple[Any, ExpansionPrompts]) -> None:
+    model, prompts = world
+    for query, tokens in (("clean lamp", 10**9), ("word " * 5000, 4)):
+        with pytest.raises(UserError, match=r"longest prompt has \d+ tokens.*context is 4096"):
+            generate(model, [prompts.prompt(query)], end=prompts.end_id, sampling=greedy(tokens))
