@@ -19,7 +19,8 @@ from common.backends import load_encoder
 from common.config import RerankerConfig, parse_recipe
 from common.errors import run_command
 from common.language.config import LanguageRecipe
-from common.language.prepare import counted_tokens, plan_language, prepare_language
+from common.language.prepare import counted_tokens, plan_language
+from common.language.workflow import prepare as prepare_recipe
 from common.reranker.prepare import cache_root, candidates, load_data, plan_batches, prepare, resolve_base
 from common.reranker.workflow import check_splits
 from common.text import PairTokenizer
@@ -45,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def language(recipe: LanguageRecipe, say: Callable[[str], None] = print) -> None:
     """Corpus, tokenizer and tokens of a language model, and the size of its epoch."""
-    prepared = prepare_language(recipe, say=say)
+    recipe, prepared = prepare_recipe(recipe, say=say)
     documents = prepared.split("train")
-    plan = plan_language(recipe, documents, prepared.tokenizer.end)
+    plan = plan_language(recipe, prepared, say)
     counted = int(counted_tokens(documents).sum())
     say(f"train: {len(documents.ids):,} tokens, {counted:,} of which are counted")
     train = recipe.train

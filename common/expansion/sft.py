@@ -1,0 +1,260 @@
+"""SFT of a query expander in the loop of the language models: QMD's rows, prompts and score.
+
+What mlx_impl/train.py sft does with mlx-lm's Qwen3, this does with the shared decoder, of any backend; the
+result is a whole Hugging Face checkpoint, the adapters merged. Source: tobi/qmd, finetune/train.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from common.cache import cache_key
+from common.data.expansion import (
+    EvalQuery,
+    ExpansionData,
+    ExpansionRow,
+    load_expansions,
+    read_queries,
+    render_lines,
+)
+from common.data.language import TokenDocuments, joined_documents
+from common.errors import UserError
+from common.expansion.config import (
+    TARGETS,
+    TINY,
+    TINY_REMEDY,
+    DatasetConfig,
+    PromptConfig,
+)
+from common.expansion.evaluation import evaluate_expansions
+from common.expansion.prompts import ExpansionPrompts, load_tokenizer
+from common.expansion.tiny_qwen import tiny_base
+from common.language import text
+from common.language.architectures import DecoderConfig
+from common.language.config import (
+    FineTuneRecipe,
+    LanguageEvalConfig,
+    LanguageLoraConfig,
+    LanguageTrainConfig,
+)
+from common.language.generation import Engine, SamplingConfig, generate
+from common.language.prepare import PreparedLanguage, with_base
+from common.metrics.expansion import score
+from common.report import Table
+from common.reranker.prepare import cache_root
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpansionEvalConfig(LanguageEvalConfig):
+    queries: int = 64
+    """Dev queries that are expanded greedily and scored at each evaluation, 0 for none."""
+    max_tokens: int = 300
+    """Of an expansion."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpansionRecipe(FineTuneRecipe):
+    """`configs/expansion_sft.py`; the values are those of configs/sft.yaml, in the words of this loop."""
+
+    name: str = "expansion_sft"
+    base: str | None = "Qwen/Qwen3-1.7B"
+    """Qwen3 checkpoint directory, run, name on the hub, or `tiny`: a small random one made here."""
+    data: DatasetConfig = dataclasses.field(default_factory=DatasetConfig)  # type: ignore[assignment]
+    prompt: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+    train: LanguageTrainConfig = dataclasses.field(
+        default_factory=lambda: LanguageTrainConfig(
+            epochs=5.0, batch_size=16, learning_rate=2e-4, warmup=0.03, weight_decay=0.0, seed=42
+        )
+    )
+    lora: LanguageLoraConfig = dataclasses.field(
+        default_factory=lambda: LanguageLoraConfig(rank=16, alpha=32.0, targets=TARGETS)
+    )
+    evaluation: ExpansionEvalConfig = dataclasses.field(default_factory=ExpansionEvalConfig)
+    context: int | None = 512
+    """Tokens of prompt and target."""
+
+    @property
+    def remedy(self) -> str | None:
+        return TINY_REMEDY
+
+    @property
+    def scored(self) -> bool:
+        return self.evaluation.queries > 0
+
+    @property
+    def max_dev_documents(self) -> int | None:
+        return None
+
+    @property
+    def masks_unknown(self) -> bool:
+        return False
+
+    def tiny(self) -> Self:
+        """The same for the tiny base: rows that need no download, all of its embeddings learn, minutes on a
+        CPU."""
+        return self.changed(
+            name="expansion_sft_tiny",
+            base=TINY,
+            data={"name": "generated", "eval_split": ""},
+            train={"epochs": 2.0, "batch_size": 8, "learning_rate": 5e-3, "evaluations": 2},
+            lora={"train_embeddings": True},
+            evaluation={"queries": 32, "max_tokens": 120, "batch_size": 32},
+        )
+
+    def _data_checks(self) -> list[tuple[str, Any, bool, str]]:
+        most, evaluation = self.data.max_samples, self.evaluation
+        return [
+            ("data.max_samples", most, most is None or most >= 1, ">= 1"),
+            ("evaluation.queries", evaluation.queries, evaluation.queries >= 0, ">= 0"),
+            ("evaluation.max_tokens", evaluation.max_tokens, evaluation.max_tokens >= 1, ">= 1"),
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedExpansion(PreparedLanguage):
+    """Rows as documents: the train split in each form of the prompt, dev (no test) in each in turn."""
+
+    _: dataclasses.KW_ONLY
+    recipe: ExpansionRecipe
+    data: ExpansionData
+    prompts: ExpansionPrompts
+    begins: int  # the token that every prompt begins with, which documents are stored without
+
+    @property
+    def frame(self) -> int:
+        return self.begins
+
+    @property
+    def behind(self) -> int | None:
+        return None  # a target ends with the end of its turn
+
+    @property
+    def forms(self) -> int:
+        return 2 if self.prompts.system == "mixed" else 1
+
+    def split(self, name: str, limit: int | None = None) -> TokenDocuments:
+        rows = self.data.train if name == "train" else self.data.val[:limit]
+        if name == "train":
+            turns = [(row, form) for form in range(self.forms) for row in rows]
+        else:
+            turns = [(row, turn) for turn, row in enumerate(rows)]
+        examples = [self.prompts.example(row, turn) for row, turn in turns]
+        targets = [render_lines(row.lines) for row, _ in turns]
+        return joined_documents(
+            [np.asarray(example.ids[1:], np.int32) for example in examples],
+            [np.asarray(example.mask[1:], bool) for example in examples],
+            [sum(len(line.split()) + 1 for line in target.splitlines()) for target in targets],
+            [len(target.encode()) for target in targets],
+        )
+
+    def scores(self, engine: Engine) -> dict[str, float]:
+        """The mean score of greedy expansions of dev's first queries, and the share that ended."""
+        texts, ended = self.expansions(engine)
+        rows = self.scored_rows()
+        scores = [score(row.query, text).reward for row, text in zip(rows, texts, strict=True)]
+        return {"score": float(np.mean(scores)), "ended": float(np.mean(ended))}
+
+    def expansions(self, engine: Engine) -> tuple[list[str], list[bool]]:
+        """What a model writes for dev's first queries, and whether it came to an end."""
+        settings, consumer = self.recipe.evaluation, self.prompts.system != "none"
+        asked = [self.prompts.prompt(row.query, consumer=consumer) for row in self.scored_rows()]
+        sampling, ending = SamplingConfig(max_new_tokens=settings.max_tokens), _Ending(self.prompts)
+        made = [
+            found
+            for first in range(0, len(asked), settings.batch_size)
+            for found in generate(engine, asked[first : first + settings.batch_size], ending, sampling)
+        ]
+        return [found.text for found in made], [found.finish == "end" for found in made]
+
+    def scored_rows(self) -> tuple[ExpansionRow, ...]:
+        """Dev's first rows, whose queries are expanded."""
+        return self.data.val[: self.recipe.evaluation.queries]
+
+    def score_tables(self, name: str, engine: Engine) -> list[Table]:
+        """Scores of a model on dev's first queries, by group, with the template without a model beside it."""
+        queries = [EvalQuery(row.query, "dev") for row in self.scored_rows()]
+        return evaluate_expansions(queries, {name: self.expansions(engine)[0]}).tables()
+
+
+class _Ending:
+    """What generation asks of a tokenizer: the end of a turn, and the text of an expansion."""
+
+    def __init__(self, prompts: ExpansionPrompts) -> None:
+        self.end: int | None = prompts.end_id
+        self._prompts = prompts
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._prompts.decode(ids)
+
+
+def prepare_expansion(
+    recipe: ExpansionRecipe, *, say: Say = print
+) -> tuple[ExpansionRecipe, PreparedExpansion]:
+    """The recipe with its base, and the rows as tokens.
+
+    UserError for rows that are bad, for a base that is not there or no Qwen3, for a tokenizer without a chat
+    template.
+    """
+    if recipe.base != TINY:  # before the data: what a machine without a hub can do is said here
+        recipe = _qwen(recipe, say)
+    data = load_rows(recipe.data, say)
+    if recipe.base == TINY:
+        recipe = _qwen(dataclasses.replace(recipe, base=str(_cached_base(data, recipe.train.seed))), say)
+    data = dataclasses.replace(data, train=data.train[: recipe.data.max_samples])
+    if not data.train or not data.val:
+        raise UserError(
+            f"{data.name}: has {len(data.train)} training and {len(data.val)} validation rows; both need "
+            "one. Name a --data.eval-split, or give more rows."
+        )
+    base, settings = Path(str(recipe.base)), recipe.prompt
+    prompts = ExpansionPrompts(
+        load_tokenizer(base),
+        system=settings.system,
+        final_newline=settings.final_newline,
+        no_think=settings.no_think,
+    )
+    tokenizer = text.load_tokenizer(base, say=say)
+    fingerprint = cache_key(data.fingerprint, tokenizer.fingerprint(), dataclasses.asdict(settings))
+    begins = prompts.prompt("a question")[0]
+    return recipe, PreparedExpansion(
+        data.name, fingerprint, tokenizer, base, recipe=recipe, data=data, prompts=prompts, begins=begins
+    )
+
+
+def load_rows(dataset: DatasetConfig, say: Say) -> ExpansionData:
+    """The rows that the settings name; what was left out is said."""
+    held_out = [query.query for query in read_queries(dataset.held_out)] if dataset.held_out else []
+    data = load_expansions(
+        dataset.name,
+        held_out=held_out,
+        split=dataset.split,
+        eval_split=dataset.eval_split,
+        trim_hyde=dataset.trim_hyde,
+        on_bad_row=dataset.on_bad_row,
+    )
+    say(data.summary())
+    return data
+
+
+def _qwen(recipe: ExpansionRecipe, say: Say) -> ExpansionRecipe:
+    found = with_base(recipe, say=say)
+    assert isinstance(found, ExpansionRecipe)
+    if not isinstance(found.model, DecoderConfig) or found.model.family != "qwen3":
+        kind = getattr(found.model, "family", type(found.model).__name__.removesuffix("Config").lower())
+        raise UserError(
+            f"base {recipe.base}: is of the kind {kind}; QMD's prompts are Qwen3's, and its export too. Name "
+            "a Qwen3 checkpoint (Qwen/Qwen3-0.6B, -1.7B, -4B and their fine-tunes)."
+        )
+    return found
+
+
+def _cached_base(data: ExpansionData, seed: int) -> Path:
+    """The tiny random base of these rows; made once."""
+    return tiny_base(cache_root() / "tiny_qwen" / f"{data.fingerprint}-{seed}", data, seed)
