@@ -203,10 +203,10 @@ def prepare_expansion(
     template.
     """
     if recipe.base != TINY:  # before the data: what a machine without a hub can do is said here
-        recipe = _qwen(recipe, say)
+        recipe = _qwen(recipe)
     data = load_rows(recipe.data, say)
     if recipe.base == TINY:
-        recipe = _qwen(dataclasses.replace(recipe, base=str(_cached_base(data, recipe.train.seed))), say)
+        recipe = _qwen(dataclasses.replace(recipe, base=str(_cached_base(data, recipe.train.seed))))
     data = dataclasses.replace(data, train=data.train[: recipe.data.max_samples])
     if not data.train or not data.val:
         raise UserError(
@@ -243,8 +243,8 @@ def load_rows(dataset: DatasetConfig, say: Say) -> ExpansionData:
     return data
 
 
-def _qwen(recipe: ExpansionRecipe, say: Say) -> ExpansionRecipe:
-    found = with_base(recipe, say=say)
+def _qwen(recipe: ExpansionRecipe) -> ExpansionRecipe:
+    found = with_base(recipe)
     assert isinstance(found, ExpansionRecipe)
     if not isinstance(found.model, DecoderConfig) or found.model.family != "qwen3":
         kind = getattr(found.model, "family", type(found.model).__name__.removesuffix("Config").lower())

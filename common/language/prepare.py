@@ -81,14 +81,14 @@ class PreparedLanguage:
 LONGEST = 1024  # tokens of a row of a task, where neither recipe nor base ask for less
 
 
-def with_base(recipe: LanguageRecipe, *, say: Callable[[str], None] = print) -> LanguageRecipe:
+def with_base(recipe: LanguageRecipe) -> LanguageRecipe:
     """A fine-tuning recipe with its base's directory and settings; others as they are.
 
     UserError for a base that is not there, of an unknown architecture, or of a shorter context.
     """
     if not isinstance(recipe, FineTuneRecipe) or recipe.base is None:
         return recipe
-    base = resolve_model(recipe.base, say=say, remedy=recipe.remedy)
+    base = resolve_model(recipe.base, say=lambda _: None, remedy=recipe.remedy)
     model = language_config(read_config(base), base / CONFIG_FILE)
     context = recipe.context or min(model.context, LONGEST)
     if context > model.context:
@@ -176,7 +176,7 @@ def plan_language(
     train, context, documents = recipe.train, recipe.model.context, prepared.split("train")
     end = prepared.tokenizer.end
     if isinstance(recipe, FineTuneRecipe) and recipe.whole_rows:
-        fitting = _fitting(recipe, prepared, documents, say)
+        fitting = _fitting(recipe, context, prepared, documents, say)
         return WholeRows(
             fitting,
             context,
@@ -202,6 +202,7 @@ def plan_language(
 
 def _fitting(
     recipe: FineTuneRecipe,
+    context: int,
     prepared: PreparedLanguage,
     documents: TokenDocuments,
     say: Callable[[str], None],
@@ -210,10 +211,10 @@ def _fitting(
     # of a frame and what is behind, the last token is only a label
     sizes = documents.lengths() + (prepared.behind is not None)
     rows = len(documents) // prepared.forms
-    long = np.unique(np.flatnonzero(sizes > recipe.model.context) % max(1, rows))
+    long = np.unique(np.flatnonzero(sizes > context) % max(1, rows))
     if not len(long):
         return documents
-    what = f"{len(long)} of {rows} rows are longer than the context of {recipe.model.context} tokens"
+    what = f"{len(long)} of {rows} rows are longer than the context of {context} tokens"
     if recipe.on_long_row == "skip":
         say(f"{what}: left out")
         keep = np.setdiff1d(np.arange(rows), long)

@@ -85,7 +85,7 @@ def prepare(recipe: LanguageRecipe, *, say: Callable[[str], None]) -> tuple[Lang
     """The recipe, with what its base says where it fine-tunes one, and its data. Raises UserError."""
     if isinstance(recipe, ExpansionRecipe):
         return prepare_expansion(recipe, say=say)
-    recipe = with_base(recipe, say=say)
+    recipe = with_base(recipe)
     return recipe, prepare_language(recipe, say=say)
 
 
