@@ -21,6 +21,7 @@ from common.progress import progress
 from common.runs import RunFolder
 
 LOG_EVERY = 10  # steps between lines of the log, and between looks for NaN
+FINITE_ADVICE = "Lower --train.learning-rate or --train.max-grad-norm, then start --fresh."
 
 Result = TypeVar("Result")  # what an evaluation says
 Batch = TypeVar("Batch")
@@ -61,6 +62,8 @@ class TrainingLoop(Generic[Result, Batch]):
     device: str | None = None  # the accelerator in words
     processes = Processes()
     evaluates_start = False  # before the first step too
+    log_every = LOG_EVERY
+    finite_advice = FINITE_ADVICE
 
     def __init__(self, pace: Pace, *, say: Callable[[str], None]) -> None:
         self.say = say
@@ -127,6 +130,15 @@ class TrainingLoop(Generic[Result, Batch]):
         """Write the model as it was evaluated to a checkpoint directory."""
         raise NotImplementedError
 
+    def _evaluates_after(self, step: int) -> bool:
+        """Whether dev is measured after this step: `evaluations` times, evenly."""
+        count = self._pace.evaluations
+        return step in {round(self.steps * (i + 1) / count) for i in range(count)}
+
+    def _state_is_due(self, step: int) -> bool:
+        """Whether the state is saved after this step; after the last and at a stop it always is."""
+        return step % self._pace.checkpoint_every == 0
+
     def _summary(self, notes: Notes) -> dict[str, Any]:
         """What results.json holds of the training beside its steps."""
         return {}
@@ -163,11 +175,10 @@ class TrainingLoop(Generic[Result, Batch]):
         return notes
 
     def _train(self, states: States, notes: Notes, stop: list[bool]) -> None:
-        pace, first = self._pace, self._steps_done()
+        first = self._steps_done()
         batches = self._batches()
         if notes["data"] is not None:
             batches.set_state(notes["data"])
-        evaluate_at = {round(self.steps * (i + 1) / pace.evaluations) for i in range(pace.evaluations)}
         if first == 0 and self.evaluates_start:
             self._evaluate(0, notes)
         step, ends = first, False
@@ -175,13 +186,14 @@ class TrainingLoop(Generic[Result, Batch]):
             for step in range(first + 1, self.steps + 1):
                 batch = next(batches)
                 logged = self._one_step(step, batch)
-                if step % LOG_EVERY == 0 or step in (1, self.steps) or step in evaluate_at:
+                evaluates = self._evaluates_after(step)
+                if step % self.log_every == 0 or step in (1, self.steps) or evaluates:
                     bar.update(step, self._log(step, logged, batch))
-                if step in evaluate_at and self._evaluate(step, notes):
+                if evaluates and self._evaluate(step, notes):
                     ends = notes["stopped"] = True
                 ends = self._asked_to_stop(step, stop) or ends
-                if step % pace.checkpoint_every == 0 or step == self.steps or ends:
-                    finite(step, logged)
+                if self._state_is_due(step) or step == self.steps or ends:
+                    finite(step, logged, self.finite_advice)
                     self._save_state(states, notes | {"data": batches.get_state()})
                 if ends:
                     break
@@ -253,14 +265,14 @@ def interruptible() -> Iterator[list[bool]]:
             signal.signal(number, handler)
 
 
-def finite(step: int, logged: Mapping[str, Any]) -> dict[str, float]:
+def finite(step: int, logged: Mapping[str, Any], advice: str = FINITE_ADVICE) -> dict[str, float]:
     """A step's values as floats; UserError names those that are not finite."""
     values = {name: float(np.asarray(value).flat[0]) for name, value in logged.items()}
     if not all(map(math.isfinite, values.values())):
         broken = ", ".join(name for name, value in values.items() if not math.isfinite(value))
         raise UserError(
             f"step {step}: {broken} is not a finite number; what was learned since the last state "
-            "is lost. Lower --train.learning-rate or --train.max-grad-norm, then start --fresh."
+            f"is lost. {advice}"
         )
     return values
 

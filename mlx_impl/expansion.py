@@ -188,7 +188,7 @@ def _run(trainer: AdapterTrainer, folder: RunFolder) -> Path:
     summary = trainer.run(folder)
     folder.write_json("results.json", summary)
     say(
-        f"best {config.training.best} {summary['best']:.4f} at step {summary['best_step']}\n"
+        f"best {config.training.best} {summary['best_dev']:.4f} at step {summary['best_step']}\n"
         f"adapter: {folder.best}\n"
         f"next: python mlx_impl/eval.py {folder.path}\n      python mlx_impl/convert.py {folder.path}"
     )

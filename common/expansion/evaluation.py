@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +156,10 @@ class ExpansionEvaluation:
     effects: tuple[Effect, ...] = ()
 
     def tables(self) -> list[Table]:
-        """Scores, groups, complaints, golden rows, retrieval."""
+        """Scores, models beside each other, groups, complaints, golden rows, retrieval."""
         found = [_score_table(self), _group_table(self), _complaint_table(self)]
+        if len(self.results) > 2:
+            found.insert(1, _pair_table(self))
         found += [_golden_table(self.golden)] if self.golden else []
         return [*found, *(effect.table() for effect in self.effects)]
 
@@ -268,6 +271,24 @@ def _score_table(evaluation: ExpansionEvaluation) -> Table:
             "Excellent: 80 % or more of QMD's. usable: answers of which QMD keeps a line. p: paired "
             "randomisation."
         ),
+    }
+
+
+def _pair_table(evaluation: ExpansionEvaluation) -> Table:
+    """Every two models, the earlier one minus the later one."""
+    rows: list[list[str | float | None]] = []
+    models = [model for model in evaluation.results if model != TEMPLATE]
+    for one, other in combinations(models, 2):
+        row: list[str | float | None] = [f"{one} − {other}"]
+        for scorer in ("qmd", "strict"):
+            ours, theirs = (_values(evaluation.results[model], scorer) for model in (one, other))
+            row += difference(compare(ours, theirs), 1)
+        rows.append(row)
+    return {
+        "title": "Models beside each other",
+        "columns": ["answers of", "QMD %", "p", "strict %", "p"],
+        "rows": rows,
+        "note": "Brackets: bootstrap over queries, 95 %; p: paired randomisation.",
     }
 
 

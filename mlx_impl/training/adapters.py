@@ -1,4 +1,4 @@
-"""The training loop of a language model's adapter: steps, evaluation, best and final adapters, exact resume.
+"""The trainer of a language model's adapter; the loop itself is common.training's.
 
 A subclass says what a step and an evaluation are (training/sft.py, training/grpo.py). What is random in a
 step depends on the seed and its number alone, so that a run goes on bit for bit where it stopped. No twin
@@ -8,7 +8,6 @@ yet.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -21,11 +20,9 @@ from mlx.utils import tree_map
 
 from common.checkpoint import TRAINING_FILE, to_json, write_directory
 from common.config import TrainConfig, to_dict
-from common.errors import UserError, out_of_memory
 from common.expansion.config import GrpoConfig, SftConfig
-from common.progress import progress
 from common.runs import RunFolder, environment
-from common.training import interruptible
+from common.training import Notes, TrainingLoop, finite
 from mlx_impl.models.qwen import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
@@ -69,14 +66,29 @@ class AdapterState:
         return notes
 
 
-class AdapterTrainer:
-    """One run. `run(folder)` starts it, or goes on where an interrupted one stopped.
+class Places:
+    """Where a run stands in data that follow from the seed and a step's number: there is nothing to keep."""
+
+    def __init__(self, done: int) -> None:
+        self.step = done
+
+    def __next__(self) -> int:
+        self.step += 1
+        return self.step
+
+    def get_state(self) -> None:
+        return None
+
+
+class AdapterTrainer(TrainingLoop[Logged, int]):
+    """One run; see TrainingLoop.
 
     `loaded` holds the model with the adapter that learns; `steps` counts the calls of `train_step`, of
     `updates` optimizer steps each.
     """
 
-    evaluates_start = False
+    log_every = 1
+    finite_advice = "Lower training.learning_rate or training.max_grad_norm, then start over with --fresh."
 
     def __init__(
         self,
@@ -88,22 +100,23 @@ class AdapterTrainer:
         updates: int = 1,
         say: Callable[[str], None] = print,
     ) -> None:
-        self.config, self.loaded, self.steps, self.say = config, loaded, steps, say
-        self.model, self.data = loaded.model, data
         training = config.training
-        self.rate = learning_rate(
-            TrainConfig(
-                learning_rate=training.learning_rate,
-                warmup=training.warmup_ratio,
-                schedule=training.lr_scheduler,
-            ),
-            steps * updates,
+        pace = TrainConfig(
+            learning_rate=training.learning_rate,
+            warmup=training.warmup_ratio,
+            schedule=training.lr_scheduler,
+            checkpoint_every=training.save_steps,
         )
+        super().__init__(pace, say=say)
+        self.config, self.loaded, self.steps, self.data = config, loaded, steps, data
+        self.model, self.device = loaded.model, accelerator()
+        self.rate = learning_rate(pace, steps * updates)
         optimizer = optim.AdamW(
             self.rate, betas=[0.9, 0.999], eps=1e-8, weight_decay=training.weight_decay, bias_correction=True
         )
         self.state = AdapterState(self.model, optimizer)
         self.update = make_update(self.model, optimizer, training.max_grad_norm)
+        self._saved = time.monotonic()
 
     def learned(self) -> list[tuple[str, mx.array]]:
         """What learns, by name."""
@@ -119,84 +132,80 @@ class AdapterTrainer:
 
     def run(self, folder: RunFolder) -> dict[str, Any]:
         """Train to the end; returns the summary. KeyboardInterrupt after a stop, whose state is saved."""
-        self.folder = folder
         self.model.train()
-        states = StateFolder(folder.state, self.config.training.save_total_limit)
-        with contextlib.closing(states), interruptible() as stop, checkpointed(self.model, self.config):
-            notes = self._restore(states)
-            with _explained(self.config):
-                self._train(states, notes, stop)
-            self._save(folder.final, notes)
-            return {"steps": self.state.step, "best_step": notes["best_step"], "best": notes["best"]}
+        with checkpointed(self.model, self.config):
+            return super().run(folder)
 
-    def _restore(self, states: StateFolder) -> dict[str, Any]:
-        if states.latest() is None:
-            self.folder.rewind(-1)
-            return {"best": None, "best_step": None, "evaluation": {}, "extra": {}}
-        notes = self.state.load(states)
-        self.folder.rewind(self.state.step)
-        self.say(f"resumed at step {self.state.step} of {self.steps}")
-        return notes
+    def _states(self, folder: Path) -> StateFolder:
+        return StateFolder(folder, self.config.training.save_total_limit)
 
-    def _train(self, states: StateFolder, notes: dict[str, Any], stop: list[bool]) -> None:
-        training = self.config.training
-        saved, first = time.monotonic(), self.state.step
-        if first == 0 and self.evaluates_start:
-            self._evaluate(0, notes)
-        with progress(self.steps, "training", start=first) as bar:
-            for step in range(first + 1, self.steps + 1):
-                logged = self.train_step(step) | {"peak_memory_gb": mx.get_peak_memory() / 1e9}
-                self._check_finite(step, logged)
-                self.state.step = step
-                self.folder.log(step, "train", logged)
-                bar.update(step, f"loss {logged['loss']:.4f}")
-                if step % training.eval_steps == 0 or step == self.steps:
-                    self._evaluate(step, notes)
-                minutes = training.save_interval_minutes
-                due = (
-                    step % training.save_steps == 0
-                    if minutes is None
-                    else time.monotonic() - saved > 60 * minutes
-                )
-                if due or step == self.steps or stop[0]:
-                    self.state.save(states, notes)
-                    saved = time.monotonic()
-                if stop[0] and step < self.steps:
-                    self.say(f"stopped at step {step}; the same command goes on from there")
-                    raise KeyboardInterrupt
+    def _save_state(self, states: StateFolder, notes: Notes) -> None:
+        self.state.save(states, notes)
+        self._saved = time.monotonic()
 
-    def _evaluate(self, step: int, notes: dict[str, Any]) -> None:
+    def _load_state(self, states: StateFolder) -> Notes:
+        return self.state.load(states)
+
+    def _steps_done(self) -> int:
+        return self.state.step
+
+    def _batches(self) -> Places:
+        return Places(self.state.step)
+
+    def _one_step(self, step: int, batch: int) -> Logged:
+        logged = self.train_step(step)
+        self.state.step = step
+        return logged | {"peak_memory_gb": mx.get_peak_memory() / 1e9}
+
+    def _evaluates_after(self, step: int) -> bool:
+        return step % self.config.training.eval_steps == 0 or step == self.steps
+
+    def _state_is_due(self, step: int) -> bool:
+        minutes = self.config.training.save_interval_minutes
+        return (
+            super()._state_is_due(step) if minutes is None else time.monotonic() - self._saved > 60 * minutes
+        )
+
+    def _log(self, step: int, logged: Mapping[str, Any], batch: int) -> str:
+        values = finite(step, logged, self.finite_advice)
+        self.folder.log(step, "train", values)
+        return f"loss {values['loss']:.4f}"
+
+    def _measure(self) -> Logged:
         self.model.eval()
         found = self.evaluate()
         self.model.train()
         mx.clear_cache()
-        self.folder.log(step, "dev", found)
-        self.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+        return found
+
+    def _tell(self, step: int, result: Logged, notes: Notes) -> None:
+        self.folder.log(step, "dev", result)
+        self.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
+
+    def _better(self, result: Logged, notes: Notes) -> Notes | None:
         name = self.config.training.best
-        value = found[name]
         sign = 1 if name == "score" else -1
-        notes["evaluation"] = found
-        if notes["best"] is None or sign * value > sign * notes["best"]:
-            notes |= {"best": value, "best_step": step}
-            self._save(self.folder.best, notes)
+        better = notes["best"] is None or sign * result[name] > sign * notes["best"]
+        return {"best": result[name]} if better else None
 
-    def _check_finite(self, step: int, logged: Logged) -> None:
-        broken = [name for name, value in logged.items() if not math.isfinite(value)]
-        if broken:
-            raise UserError(
-                f"step {step}: {', '.join(broken)} is not a finite number. Lower training.learning_rate or "
-                "training.max_grad_norm, then start over with --fresh."
-            )
-
-    def _save(self, directory: Path, notes: Mapping[str, Any]) -> None:
+    def _write(self, directory: Path, step: int, result: Logged) -> None:
         training = {
             "config": to_dict(self.config),
             "data": dict(self.data),
-            "step": self.state.step,
-            "evaluation": notes["evaluation"],
-            **environment(accelerator()),
+            "step": step,
+            "evaluation": result,
+            **environment(self.device),
         }
         save_adapter(directory, self.loaded, self.config, training)
+
+    def _memory_advice(self) -> str:
+        training = self.config.training
+        return (
+            f"halve training.batch_size (now {training.batch_size}) and double "
+            f"training.gradient_accumulation_steps ({training.gradient_accumulation_steps}), which keeps "
+            "the result; set training.grad_checkpoint: true; or quantise the base with model.load_in_4bit: "
+            "true"
+        )
 
 
 def save_adapter(
@@ -255,24 +264,6 @@ def checkpointed(model: Any, config: SftConfig | GrpoConfig) -> Iterator[None]:
         yield
     finally:
         kind.__call__ = plain
-
-
-@contextlib.contextmanager
-def _explained(config: SftConfig | GrpoConfig) -> Iterator[None]:
-    """Turn running out of memory into the settings that lower it."""
-    try:
-        yield
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-        training = config.training
-        raise UserError(
-            f"out of memory: halve training.batch_size (now {training.batch_size}) and double "
-            f"training.gradient_accumulation_steps ({training.gradient_accumulation_steps}), which keeps "
-            "the result; set training.grad_checkpoint: true; or quantise the base with model.load_in_4bit: "
-            "true. Then start over with --fresh. "
-            f"({str(error).splitlines()[0] if str(error) else 'host memory'})"
-        ) from error
 
 
 def _card(loaded: LanguageModel, training: Mapping[str, Any]) -> str:

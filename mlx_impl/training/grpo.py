@@ -24,7 +24,9 @@ from common.expansion.config import GrpoConfig, PolicyConfig
 from common.expansion.prompts import ExpansionPrompts
 from common.expansion.qmd import Sampling
 from common.metrics.expansion import score
-from mlx_impl.models.qwen import LanguageModel, without_adapter
+from common.metrics.significance import bootstrap_interval, paired_randomisation
+from common.training import Notes
+from mlx_impl.models.qwen import ADAPTER_FILE, LanguageModel, adapter_tensors, without_adapter
 from mlx_impl.training.adapters import AdapterTrainer, Logged
 from mlx_impl.training.generation import Continuation, generate, greedy
 
@@ -43,7 +45,8 @@ class Completions(NamedTuple):
 
 
 class GrpoTrainer(AdapterTrainer):
-    """A GRPO run: `queries` are asked in a shuffled order, `held_out` ones are evaluated on.
+    """A GRPO run: `queries` are asked in a shuffled order. Of the `held_out` ones evaluation.queries, at most
+    half, choose best/; on the others it is compared with its start at the end.
 
     `rewards` maps a name to (weight, function); their weighted sum is the reward. UserError when the rewards
     of grpo.patience steps in a row never differ within a group, or the KL runs away.
@@ -64,13 +67,15 @@ class GrpoTrainer(AdapterTrainer):
         say: Callable[[str], None] = print,
     ) -> None:
         self.settings, self.prompts, self.rewards = config, prompts, rewards
-        self.queries, self.held_out = list(queries), list(held_out)
+        cut = min(config.evaluation.queries, max(1, len(held_out) // 2))
+        self.queries, self.held_out = list(queries), list(held_out[:cut])
+        self.test = list(held_out[cut:])
         training, policy = config.training, config.grpo
         self.asked = config.completions // policy.num_generations
         self.per_epoch = max(1, len(self.queries) // self.asked)
         if len(self.queries) < self.asked or not self.held_out:
             raise UserError(
-                f"the data has {len(self.queries)} training and {len(self.held_out)} validation queries; a "
+                f"the data has {len(self.queries)} training and {len(held_out)} validation queries; a "
                 f"step asks {self.asked}, and an evaluation needs one. Give more rows."
             )
         steps = max(1, round(training.epochs * self.per_epoch))
@@ -85,12 +90,12 @@ class GrpoTrainer(AdapterTrainer):
         """Ask, reward, and update grpo.num_iterations times."""
         began = time.perf_counter()
         queries = self.ask(step)
-        written = self.write(queries, step)
+        written = self.complete(queries, step)
         parts = self.reward(queries, written)
-        total = np.sum([self.rewards[name][0] * values for name, values in parts.items()], axis=0)
+        total = self._weighed(parts)
         generated = time.perf_counter() - began
         advantages, silent = group_advantages(total, self.settings.grpo)
-        batches = self._batches(queries, written, advantages)
+        batches = self._parts(queries, written, advantages)
         seed = self.settings.training.seed * 1_000_003 + step
         before = [self._score(batch, seed) for batch in batches]
         logged = self._update(batches, before, seed)
@@ -118,48 +123,85 @@ class GrpoTrainer(AdapterTrainer):
         chosen = order[place * self.asked : (place + 1) * self.asked]
         return [self.queries[i] for i in chosen for _ in range(self.settings.grpo.num_generations)]
 
-    def write(self, queries: Sequence[str], step: int) -> list[Continuation]:
+    def complete(self, queries: Sequence[str], step: int) -> list[Continuation]:
         """A completion of each; `queries` holds each one num_generations times in a row."""
-        policy, sampling = self.settings.grpo, self.settings.generation
+        policy = self.settings.grpo
         self.model.eval()
         written = generate(
             self.model,
             [self._prompt(query) for query in queries[:: policy.num_generations]],
             end=self.prompts.end_id,
             copies=policy.num_generations,
-            sampling=Sampling(
-                sampling.temperature,
-                sampling.top_k,
-                sampling.top_p,
-                presence_penalty=0.0,
-                max_tokens=policy.max_completion_length,
-            ),
+            sampling=self._sampling(),
             seed=self.settings.training.seed * 1_000_003 + step,
             batch_size=self.settings.completions,
         )
         self.model.train()
         return written
 
+    def _sampling(self) -> Sampling:
+        chosen, limit = self.settings.generation, self.settings.grpo.max_completion_length
+        return Sampling(
+            chosen.temperature, chosen.top_k, chosen.top_p, presence_penalty=0.0, max_tokens=limit
+        )
+
     def reward(self, queries: Sequence[str], written: Sequence[Continuation]) -> dict[str, np.ndarray]:
         """Each part of the reward, [N], by name."""
         pairs = [(query, self.prompts.decode(row.ids)) for query, row in zip(queries, written, strict=True)]
         return {name: np.asarray(function(pairs), float) for name, (_, function) in self.rewards.items()}
 
+    def _weighed(self, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+        return np.sum([self.rewards[name][0] * values for name, values in parts.items()], axis=0)
+
     def evaluate(self) -> Logged:
         """Mean reward of greedy expansions of held-out queries, as `score`, and its parts."""
-        settings = self.settings.evaluation
-        queries = self.held_out[: settings.queries]
-        written = generate(
+        written = self._answers(self.held_out, greedy(self.settings.evaluation.max_tokens))
+        parts = self.reward(self.held_out, written)
+        logged = {
+            "score": float(self._weighed(parts).mean()),
+            "ended": float(np.mean([row.ended for row in written])),
+        }
+        return logged | {f"reward_{name}": float(values.mean()) for name, values in parts.items()}
+
+    def _answers(self, queries: Sequence[str], sampling: Sampling, copies: int = 1) -> list[Continuation]:
+        return generate(
             self.model,
             [self._prompt(query) for query in queries],
             end=self.prompts.end_id,
-            sampling=greedy(settings.max_tokens),
-            batch_size=settings.batch_size,
+            copies=copies,
+            sampling=sampling,
+            seed=self.settings.training.seed,
+            batch_size=self.settings.evaluation.batch_size,
         )
-        parts = self.reward(queries, written)
-        total = np.sum([self.rewards[name][0] * values for name, values in parts.items()], axis=0)
-        logged = {"score": float(total.mean()), "ended": float(np.mean([row.ended for row in written]))}
-        return logged | {f"reward_{name}": float(values.mean()) for name, values in parts.items()}
+
+    def _summary(self, notes: Notes) -> dict[str, Any]:
+        """The reward of best/ beside its start's, on held-out queries that did not choose it."""
+        if not self.test:
+            return {}
+        final = adapter_tensors(self.loaded)
+        self.model.load_weights(str(self.folder.best / ADAPTER_FILE), strict=False)
+        self.model.eval()
+        limit, copies = self.settings.evaluation.max_tokens, self.settings.grpo.num_generations
+        found: dict[str, Any] = {"queries": len(self.test), "samples": copies}
+        for name, sampling, each in (("sampled", self._sampling(), copies), ("greedy", greedy(limit), 1)):
+            asked = [query for query in self.test for _ in range(each)]
+            written = self._answers(self.test, sampling, each)
+            with without_adapter(self.model):
+                before = self._answers(self.test, sampling, each)
+            ours, start = (self._weighed(self.reward(asked, rows)) for rows in (written, before))
+            found[name] = _gain(ours.reshape(-1, each).mean(axis=1), start.reshape(-1, each).mean(axis=1))
+            if name == "sampled":
+                found["kl"] = self._kl(asked, written)
+        self.model.load_weights(list(final.items()), strict=False)
+        self.say(gain_text(found))
+        return {"held_out": found}
+
+    def _kl(self, queries: Sequence[str], written: Sequence[Continuation]) -> float:
+        """Mean k3 KL to the start over the tokens of completions that the model drew itself."""
+        batches = self._parts(queries, written, np.zeros(len(written)))
+        scored = [self._score(batch, 0) for batch in batches]
+        apart = [reference - own for own, reference, _ in scored]
+        return _mean([mx.exp(value) - value - 1 for value in apart], [batch.mask for batch in batches])
 
     def _prompt(self, query: str) -> list[int]:
         """As QMD asks: GRPO's completions are those that it would get."""
@@ -172,7 +214,7 @@ class GrpoTrainer(AdapterTrainer):
             for query, text in zip(queries, texts, strict=True)
         ]
 
-    def _batches(
+    def _parts(
         self, queries: Sequence[str], written: Sequence[Continuation], advantages: np.ndarray
     ) -> list[Completions]:
         """Forward passes of training.batch_size rows; the weights of all of them make one loss."""
@@ -239,6 +281,27 @@ class GrpoTrainer(AdapterTrainer):
                 "the model runs away. Lower training.learning_rate or raise grpo.beta, then start over "
                 "with --fresh; best/ holds the best adapter so far."
             )
+
+
+def _gain(ours: np.ndarray, start: np.ndarray) -> dict[str, float]:
+    """Mean rewards [Q], their difference with a bootstrap interval, and p of paired randomisation."""
+    low, high = bootstrap_interval(ours, start)
+    means = {"best": float(ours.mean()), "start": float(start.mean())}
+    apart = {"difference": float((ours - start).mean()), "low": low, "high": high}
+    return means | apart | {"p": paired_randomisation(ours, start)}
+
+
+def gain_text(found: Mapping[str, Any]) -> str:
+    """What `_summary` found, in lines."""
+    lines = [f"reward on {found['queries']} held-out queries that did not choose best/, against its start:"]
+    drawn = {"sampled": f"sampled, {found['samples']} answers each", "greedy": "greedy"}
+    for name, words in drawn.items():
+        row = found[name]
+        lines.append(
+            f"  {words}: {row['start']:.4f} -> {row['best']:.4f}, {row['difference']:+.4f} "
+            f"[{row['low']:+.4f}, {row['high']:+.4f}], p = {row['p']:.2g}"
+        )
+    return "\n".join([*lines, f"  KL to the start: {found['kl']:.4f} a token"])
 
 
 def group_advantages(rewards: np.ndarray, policy: PolicyConfig) -> tuple[np.ndarray, float]:

@@ -23,10 +23,11 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from common.checkpoint import read_json, read_tensors
 from common.config import to_dict
+from common.data.expansion import load_expansions
 from common.errors import UserError
 from common.expansion.config import SftConfig
 from common.expansion.retrieval_effect import TEMPLATE
-from common.metrics.expansion import score_strict
+from common.metrics.expansion import score, score_strict
 from common.runs import read_metrics
 from mlx_impl import convert, eval
 from mlx_impl.expansion import ExpansionOptions, train_grpo, train_sft
@@ -86,7 +87,7 @@ def test_sft_learns_logs_and_keeps_the_best_adapter(trained: Trained) -> None:
     assert train[-1]["loss"] < train[0]["loss"] - 1
     assert [line["step"] for line in dev] == [3, 6] and all("score" in line for line in dev)
     summary = read_json(trained.sft / "results.json")
-    assert summary["best"] == min(line["loss"] for line in dev)
+    assert summary["best_dev"] == min(line["loss"] for line in dev)
     settings = read_json(trained.sft / "best" / "adapter_config.json")
     assert settings["lora_parameters"]["scale"] == 2.0 and len(settings["lora_parameters"]["keys"]) == 7
     assert "model.embed_tokens.weight" in adapter(trained.sft)
@@ -102,6 +103,19 @@ def test_grpo_starts_at_the_sft_model(trained: Trained) -> None:
     assert set(adapter(trained.grpo)) == {
         f"model.layers.0.self_attn.{layer}.lora_{part}" for layer in ("q_proj", "v_proj") for part in "ab"
     }
+
+
+def test_grpo_says_what_it_gained_on_queries_that_did_not_choose_the_best(trained: Trained) -> None:
+    """start and best are the SFT run and best/ as anybody loads them; the last 2 of 4 held-out queries."""
+    found = read_json(trained.grpo / "results.json")["held_out"]
+    assert (found["queries"], found["samples"]) == (2, 4) and found["kl"] >= 0
+    queries = [row.query for row in load_expansions(str(trained.rows)).val][2:]
+    for name, run in (("start", trained.sft), ("best", trained.grpo)):
+        expander = eval.Expander(str(run), eval.EvalOptions((), prompt="plain", max_tokens=12), silent)
+        rewards = [score(q, text).reward for q, text in zip(queries, expander.answer(queries), strict=True)]
+        np.testing.assert_allclose(found["greedy"][name], np.mean(rewards), atol=1e-6)
+    for row in (found["sampled"], found["greedy"]):
+        assert row["low"] <= row["difference"] <= row["high"] and 0 < row["p"] <= 1
 
 
 def test_a_trained_model_is_its_fused_checkpoint(trained: Trained, tmp_path: Path) -> None:

@@ -89,7 +89,12 @@ def test_the_template_stands_beside_every_model(evaluated) -> None:  # type: ign
 
 
 def test_groups_and_complaints_have_a_row_each(evaluated) -> None:  # type: ignore[no-untyped-def]
-    _, groups, complaints, _ = evaluated.tables()
+    _, pairs, groups, complaints, _ = evaluated.tables()
+    ((names, qmd, p, strict, _),) = pairs["rows"]
+    assert names == "good − <b>broken</b>" and p < 0.01
+    means = {row[0]: row[1:4] for row in evaluated.tables()[0]["rows"]}
+    for place, text in ((0, qmd), (2, strict)):
+        assert text.startswith(f"+{means['good'][place] - means['<b>broken</b>'][place]:.1f} [")
     assert {"how-to", "/only", "with an entity"} <= {row[0] for row in groups["rows"]}
     assert len(groups["columns"]) == 2 + 2 * len(evaluated.results) == len(groups["rows"][0])
     counts = {row[0].partition(":")[0]: row[1:] for row in complaints["rows"]}

@@ -1,6 +1,6 @@
 """The page in headless Chromium: search, feedback and text, by mouse, keyboard and on a phone.
 
-Skipped without Chromium and playwright; RESONANCE_REQUIRE_CHROMIUM=1 makes that a failure.
+Skipped without Chromium and playwright; RESONANCE_REQUIRE=chromium makes that a failure.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from tests.services import Running, running
 
 
 def _missing(what: str) -> None:
-    if os.environ.get("RESONANCE_REQUIRE_CHROMIUM"):
-        pytest.fail(f"{what}, and RESONANCE_REQUIRE_CHROMIUM asks for it")
+    if "chromium" in os.environ.get("RESONANCE_REQUIRE", "").split(","):
+        pytest.fail(f"RESONANCE_REQUIRE=chromium, and {what}")
     pytest.skip(f"{what}: apt install chromium; pip install -e '.[dev]' playwright")
 
 
