@@ -527,7 +527,7 @@ def _increasing(values: Sequence[int]) -> bool:
 
 def recipe_kinds() -> tuple[type, ...]:
     """Every class that a recipe may return."""
-    from common.expansion.sft import ExpansionRecipe  # which are written with this module's checks
+    from common.expansion.recipe import ExpansionRecipe  # which are written with this module's checks
     from common.language.config import LANGUAGE_RECIPES
 
     return (RerankerConfig, *LANGUAGE_RECIPES, ExpansionRecipe)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from common.expansion.sft import ExpansionRecipe
+from common.expansion.recipe import ExpansionRecipe
 
 
 def tiny() -> ExpansionRecipe:

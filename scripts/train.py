@@ -17,7 +17,7 @@ from pathlib import Path
 
 from common.config import RerankerConfig, RunOptions, parse_recipe
 from common.errors import UserError, run_command
-from common.expansion.sft import ExpansionRecipe
+from common.expansion.recipe import ExpansionRecipe
 from common.language.config import FineTuneRecipe, LanguageRecipe
 from common.language.workflow import train_language
 from common.report import tables_text

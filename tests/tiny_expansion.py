@@ -10,7 +10,7 @@ from typing import Any
 from common.data.expansion import load_expansions, render_lines
 from common.expansion.config import GrpoConfig, SftConfig
 from common.expansion.prompts import System
-from common.expansion.sft import ExpansionRecipe
+from common.expansion.recipe import ExpansionRecipe
 from common.expansion.tiny_qwen import write_tiny_qwen
 
 THINGS = ("router", "faucet", "lamp", "sofa", "queue", "fence")

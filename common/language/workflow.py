@@ -16,7 +16,8 @@ from common.backends import (
 )
 from common.config import RunOptions, to_dict
 from common.errors import UserError
-from common.expansion.sft import ExpansionRecipe, PreparedExpansion, prepare_expansion
+from common.expansion.recipe import ExpansionRecipe
+from common.expansion.sft import PreparedExpansion, prepare_expansion
 from common.hub import resolve_model
 from common.language.config import LanguageRecipe
 from common.language.evaluation import LanguageResult, SegmentScorer, evaluate_perplexity

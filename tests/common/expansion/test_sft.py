@@ -16,7 +16,8 @@ from common.data.language import WholeRows
 from common.errors import UserError
 from common.expansion.config import SftConfig, read_yaml
 from common.expansion.prompts import ExpansionPrompts, load_tokenizer
-from common.expansion.sft import ExpansionRecipe, PreparedExpansion, prepare_expansion
+from common.expansion.recipe import ExpansionRecipe
+from common.expansion.sft import PreparedExpansion, prepare_expansion
 from common.language.prepare import plan_language
 from common.metrics.expansion import score
 from tests.tiny_expansion import expansion_recipe, write_expander, write_rows
