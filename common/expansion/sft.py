@@ -144,7 +144,12 @@ def prepare_expansion(
     )
     tokenizer = text.load_tokenizer(base, say=say)
     fingerprint = cache_key(data.fingerprint, tokenizer.fingerprint(), dataclasses.asdict(settings))
-    begins = prompts.prompt("a question")[0]
+    begins, other = (prompts.prompt("a question", consumer=consumer)[0] for consumer in (False, True))
+    if begins != other:
+        raise UserError(
+            f"{base}: its chat template begins prompts with different tokens, with and without a system "
+            "prompt. Use Qwen3's own template."
+        )
     return recipe, PreparedExpansion(
         data.name, fingerprint, tokenizer, base, recipe=recipe, data=data, prompts=prompts, begins=begins
     )

@@ -26,6 +26,7 @@ def run(*argv: object) -> str:
     return out.getvalue()
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_scores_beside_the_template_and_a_checkpoint_that_mlx_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

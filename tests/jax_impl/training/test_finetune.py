@@ -89,7 +89,9 @@ def test_adapters_learn_the_base_rests_and_an_interrupted_run_ends_as_another(
 @pytest.mark.parametrize(
     "config",
     [
-        IndraConfig(**SIZES, vocab_size=512, context=96, complex_width=8),
+        pytest.param(
+            IndraConfig(**SIZES, vocab_size=512, context=96, complex_width=8), marks=pytest.mark.slow
+        ),
         InfinitoConfig(**SIZES, vocab_size=512, context=16, memory_slots=4, memory_writes=2),
     ],
     ids=["indra", "infinito"],
