@@ -4,7 +4,8 @@
 
 tasks.jsonl has a row a line: instruction, input (may be absent), output; or text, summary; or question,
 answer, context (may be absent); or prompt, completion. They are asked in Alpaca's form (### Instruction: ...)
-and the answer alone is learned. Without --data: Alpaca, from $RESONANCE_DATA or the hub. Then:
+and the answer alone is learned. Without --data: Alpaca, from $RESONANCE_DATA or the hub; without --base: what
+configs/infinito_small.py has left. Then:
 
     python scripts/generate.py --model runs/finetune --instruction --prompt "..."
 
@@ -25,6 +26,7 @@ from common.language.config import FineTuneRecipe, LanguageDataConfig, LanguageL
 def default() -> FineTuneRecipe:
     """Three epochs at a low rate."""
     return FineTuneRecipe(
+        base="runs/infinito_small",
         data=LanguageDataConfig(name="alpaca", mask_prompt=True, max_dev_documents=400),
         train=LanguageTrainConfig(epochs=3.0, batch_size=16, learning_rate=2e-4, weight_decay=0.01),
     )

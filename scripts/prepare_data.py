@@ -18,6 +18,7 @@ from typing import Literal
 from common.backends import load_encoder
 from common.config import RerankerConfig, parse_recipe
 from common.errors import run_command
+from common.expansion.sft import PreparedExpansion
 from common.language.config import LanguageRecipe
 from common.language.prepare import counted_tokens, plan_language
 from common.language.workflow import prepare as prepare_recipe
@@ -52,10 +53,9 @@ def language(recipe: LanguageRecipe, say: Callable[[str], None] = print) -> None
     counted = int(counted_tokens(documents).sum())
     say(f"train: {len(documents.ids):,} tokens, {counted:,} of which are counted")
     train = recipe.train
-    say(
-        f"epoch: {len(plan):,} steps of {train.batch_size} x {train.unroll} x {recipe.model.context} tokens\n"
-        f"tokens: {prepared.tokens}"
-    )
+    say(f"epoch: {len(plan):,} steps of {train.batch_size} x {train.unroll} x {recipe.model.context} tokens")
+    if not isinstance(prepared, PreparedExpansion):  # whose rows become tokens when training begins
+        say(f"tokens: {prepared.tokens}")
 
 
 def ranking(config: RerankerConfig, options: PrepareOptions) -> None:

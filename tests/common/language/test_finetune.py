@@ -134,8 +134,8 @@ def test_a_base_with_fewer_tokens_than_its_tokenizer_is_refused(tmp_path: Path) 
 
 def test_adapters_need_a_base_and_the_recipe_in_configs_asks_for_one() -> None:
     recipe = load_recipe(str(ROOT / "configs" / "finetune.py"), "lora")
-    assert recipe.changed(base="x").validate().lora.rank == 16
-    with pytest.raises(UserError, match="base is None"):
-        recipe.validate()
+    assert recipe.validate().lora.rank == 16
+    with pytest.raises(UserError, match=r"lora\.rank is 16; allowed: 0 without a --base that rests"):
+        recipe.changed(base=None).validate()
     assert not recipe.lora.learns(("model", "norm", "weight")) and recipe.lora.learns(("q_proj", "lora_a"))
     assert LanguageDataConfig().mask_prompt is False
