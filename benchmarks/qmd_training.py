@@ -26,6 +26,7 @@ from common.data.expansion import load_expansions
 from common.errors import UserError, run_command
 from common.expansion.config import GrpoConfig, SftConfig
 from common.expansion.prompts import ExpansionPrompts, load_tokenizer
+from common.expansion.tiny_qwen import tiny_base
 
 SIZES = {
     "small": {},
@@ -80,9 +81,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def make_base(directory: Path, size: str) -> Path:
     """A random Qwen3 whose tokenizer knows the generated rows."""
-    from mlx_impl import expansion
-
-    return expansion.tiny_base(directory, load_expansions("generated"), SEED, SIZES[size])
+    return tiny_base(directory, load_expansions("generated"), SEED, SIZES[size])
 
 
 def sft_rows(base: Path, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -527,9 +527,10 @@ def _increasing(values: Sequence[int]) -> bool:
 
 def recipe_kinds() -> tuple[type, ...]:
     """Every class that a recipe may return."""
-    from common.language.config import LANGUAGE_RECIPES  # which is written with this module's checks
+    from common.expansion.recipe import ExpansionRecipe  # which are written with this module's checks
+    from common.language.config import LANGUAGE_RECIPES
 
-    return (RerankerConfig, *LANGUAGE_RECIPES)
+    return (RerankerConfig, *LANGUAGE_RECIPES, ExpansionRecipe)
 
 
 def load_recipe(path: str, preset: str | None = None) -> Any:
@@ -612,7 +613,11 @@ def parse_recipe(
     preset, argv = take_flag(argv, "--preset", None)
     if config_path is None:
         raise UserError("--config FILE is missing: a recipe of configs/")
-    settings, run = parse_settings(description, argv, load_recipe(config_path, preset), options)
+    recipe = load_recipe(config_path, preset)
+    if hasattr(recipe, "tiny"):  # a base that is made here, with settings of its own
+        base, rest = take_flag(argv, "--base", None)
+        recipe, argv = (recipe.tiny(), rest) if base == "tiny" else (recipe, argv)
+    settings, run = parse_settings(description, argv, recipe, options)
     return settings.validate(), run
 
 

@@ -28,7 +28,8 @@ class Reading(NamedTuple):
 
 
 class ModelEngine:
-    """A language model as common.language.generation.Engine, compiled once for each shape of a call."""
+    """A language model as common.language.generation.Engine, compiled once for each shape of a call;
+    `set_state` gives it other weights."""
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
@@ -37,6 +38,10 @@ class ModelEngine:
         self._graphdef, self._weights = nnx.split(model)
         self._read = jax.jit(self._compute, donate_argnums=1)
         self._renew = jax.jit(self._remember, donate_argnums=1)
+
+    def set_state(self, state: Any) -> None:
+        """Generate with these parameters from now on."""
+        self._weights = state
 
     def start(self, rows: int, capacity: int) -> Reading:
         """Rows that have read nothing, with room for `capacity` tokens of a text or segment."""

@@ -31,12 +31,8 @@ from common.checkpoint import (
 )
 from common.errors import UserError, run_command
 from common.expansion.qmd import Sampling
+from common.language.text import copy_tokenizer
 from mlx_impl.export import gguf, runtime
-
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt"),
-    *("special_tokens_map.json", "added_tokens.json", "generation_config.json"),
-)
 
 
 @dataclass(frozen=True)
@@ -116,9 +112,7 @@ def fuse_checkpoint(options: ConvertOptions, say: Callable[[str], None]) -> Path
     config |= {"torch_dtype": kind, "dtype": kind, "tie_word_embeddings": "lm_head.weight" not in tensors}
 
     def fill(folder: Path) -> None:
-        for file in TOKENIZER_FILES:
-            if (loaded.origin.base / file).exists():
-                shutil.copyfile(loaded.origin.base / file, folder / file)
+        copy_tokenizer(loaded.origin.base, folder)
         (folder / CONFIG_FILE).write_bytes(to_json(config))
         write_tensors(folder / MODEL_FILE, tensors)
         (folder / TRAINING_FILE).write_bytes(to_json(_history(loaded.origin)))

@@ -1,34 +1,27 @@
 """The query expansion's training, from settings to a finished run: data, base, adapter, loop.
 
-What mlx_impl/train.py's commands `sft` and `grpo` do. No twin yet: JAX has no Qwen3.
+What mlx_impl/train.py's commands `sft` and `grpo` do. No twin: common/expansion/sft.py does SFT with the
+shared decoder, of any backend; GRPO is of MLX alone.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from common.backends import checkpoint_identity, load_encoder
 from common.checkpoint import CONFIG_FILE
 from common.config import to_dict
-from common.data.expansion import (
-    MARKER,
-    ExpansionData,
-    ExpansionRow,
-    load_expansions,
-    read_queries,
-    render_lines,
-)
+from common.data.expansion import ExpansionData
 from common.data.sources import load_ranking_data
 from common.errors import UserError
 from common.expansion.config import TINY, GrpoConfig, SftConfig
-from common.expansion.prompts import CONSUMER_SYSTEM, NO_THINK, ExpansionPrompts, load_tokenizer
-from common.expansion.tiny_qwen import write_tiny_qwen
+from common.expansion.prompts import ExpansionPrompts, load_tokenizer
+from common.expansion.sft import load_rows
+from common.expansion.tiny_qwen import tiny_base
 from common.metrics.expansion import score, score_strict
 from common.retrieval.expansion import RetrievalGain
 from common.runs import RunFolder
@@ -62,7 +55,7 @@ class ExpansionOptions:
 
 def train_sft(config: SftConfig, options: ExpansionOptions, say: Say = print) -> Path:
     """Run `sft`, or go on with it; returns the run's folder. Raises UserError before anything is trained."""
-    data = load_data(config, say)
+    data = load_rows(config.dataset, say)
     if config.model.base == TINY and options.dry_run:
         with tempfile.TemporaryDirectory() as folder:
             base = tiny_base(Path(folder) / "base", data, config.training.seed)
@@ -90,7 +83,7 @@ def _sft_trainer(config: SftConfig, base: Path, data: ExpansionData, say: Say) -
 def train_grpo(config: GrpoConfig, options: ExpansionOptions, say: Say = print) -> Path:
     """Run `grpo`, or go on with it; returns the run's folder. Raises UserError before anything is trained."""
     loaded = _start(config, say)
-    data, retrieval = load_data(config, say), _retrieval(config, say)
+    data, retrieval = load_rows(config.dataset, say), _retrieval(config, say)
     inputs, name = {"start": _identity(loaded.origin)}, data.name
     prompts = expansion_prompts(config, loaded)
     add_lora(loaded, config.lora, config.training.seed)
@@ -158,22 +151,6 @@ def _rewards(config: GrpoConfig, retrieval: RetrievalGain | None) -> dict[str, t
     return {name: part for name, part in rewards.items() if part[0]}
 
 
-def load_data(config: SftConfig | GrpoConfig, say: Say) -> ExpansionData:
-    """The rows of a config; what was left out is said."""
-    dataset = config.dataset
-    held_out = [query.query for query in read_queries(dataset.held_out)] if dataset.held_out else []
-    data = load_expansions(
-        dataset.name,
-        held_out=held_out,
-        split=dataset.split,
-        eval_split=dataset.eval_split,
-        trim_hyde=dataset.trim_hyde,
-        on_bad_row=dataset.on_bad_row,
-    )
-    say(data.summary())
-    return data
-
-
 def expansion_prompts(config: SftConfig | GrpoConfig, loaded: LanguageModel) -> ExpansionPrompts:
     """The prompts of the base's tokenizer. UserError where it does not fit the model or has no template."""
     settings, tokenizer = config.prompt, load_tokenizer(loaded.origin.base)
@@ -184,26 +161,6 @@ def expansion_prompts(config: SftConfig | GrpoConfig, loaded: LanguageModel) -> 
         final_newline=settings.final_newline,
         no_think=settings.no_think,
     )
-
-
-def tiny_base(
-    directory: Path, data: ExpansionData, seed: int, sizes: Mapping[str, Any] | None = None
-) -> Path:
-    """The tiny random base, made from the training rows; the one that is there is kept."""
-    if not directory.exists():
-        texts = [f"{row.query}\n{render_lines(row.lines)}" for row in data.train]
-        asked = f"system\n{CONSUMER_SYSTEM}\nuser\n{NO_THINK}{MARKER} "  # in each row: few tokens
-        write_tiny_qwen(directory, [*texts, *[asked] * len(texts)], seed=seed, sizes=sizes)
-    return directory
-
-
-def data_fingerprint(data: ExpansionData) -> str:
-    """16 hex digits of the SHA-256 of all rows, in order."""
-
-    def flat(rows: tuple[ExpansionRow, ...]) -> str:
-        return repr([dataclasses.astuple(row) for row in rows])
-
-    return hashlib.sha256(f"{flat(data.train)}|{flat(data.val)}".encode()).hexdigest()[:16]
 
 
 def _folder(
@@ -217,7 +174,7 @@ def _folder(
         output.name,
         to_dict(config),
         resume=not options.fresh,
-        data_fingerprint=data_fingerprint(data),
+        data_fingerprint=data.fingerprint,
         inputs={"command": type(config).__name__, **inputs},
         device=accelerator(),
     )

@@ -26,13 +26,19 @@ class Reading(NamedTuple):
 
 
 class ModelEngine:
-    """A language model as common.language.generation.Engine."""
+    """A language model as common.language.generation.Engine; `set_state` gives it other weights, for
+    generating alone."""
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
         self.context, self.segmented = model.context, model.segmented
         self.vocab_size = int(model.config.vocab_size)
+        self._state: Any = None
         model.eval()
+
+    def set_state(self, state: Any) -> None:
+        """Generate with these parameters from now on."""
+        self._state = state
 
     def start(self, rows: int, capacity: int) -> Reading:
         """Rows that have read nothing, with room for `capacity` tokens of a text or segment."""
@@ -49,16 +55,22 @@ class ModelEngine:
         """As common.language.generation.Engine; logits [N, V]."""
         key = None if explore is None else fold_in(mx.random.key(explore[0]), explore[1])
         real = mx.array((np.arange(ids.shape[1]) < counts[:, None]).astype(np.int32))  # [N, S]
-        out = self.model(
-            mx.array(ids),
-            real,
-            memory=state.memory,
-            cache=state.cache,
-            explore=None if key is None else row_keys(key, ids.shape[0]),
-            at=mx.array(np.maximum(counts - 1, 0)),
-        )
-        logits = out.logits[:, 0]
-        mx.eval(logits, out.memory, out.cache)  # else the graph of all calls so far stays
+        learned = tree_map(mx.array, self.model.trainable_parameters())
+        if self._state is not None:
+            self.model.update(self._state)
+        try:
+            out = self.model(
+                mx.array(ids),
+                real,
+                memory=state.memory,
+                cache=state.cache,
+                explore=None if key is None else row_keys(key, ids.shape[0]),
+                at=mx.array(np.maximum(counts - 1, 0)),
+            )
+            logits = out.logits[:, 0]
+            mx.eval(logits, out.memory, out.cache)  # else the graph of all calls so far stays
+        finally:
+            self.model.update(learned)
         return Reading(out.memory, out.cache), np.array(logits)
 
     def renew(self, state: Reading, rows: NDArray[np.bool_]) -> Reading:

@@ -18,8 +18,10 @@ from typing import Literal
 from common.backends import load_encoder
 from common.config import RerankerConfig, parse_recipe
 from common.errors import run_command
+from common.expansion.sft import PreparedExpansion
 from common.language.config import LanguageRecipe
-from common.language.prepare import counted_tokens, plan_language, prepare_language
+from common.language.prepare import counted_tokens, plan_language
+from common.language.workflow import prepare as prepare_recipe
 from common.reranker.prepare import cache_root, candidates, load_data, plan_batches, prepare, resolve_base
 from common.reranker.workflow import check_splits
 from common.text import PairTokenizer
@@ -45,16 +47,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def language(recipe: LanguageRecipe, say: Callable[[str], None] = print) -> None:
     """Corpus, tokenizer and tokens of a language model, and the size of its epoch."""
-    prepared = prepare_language(recipe, say=say)
+    recipe, prepared = prepare_recipe(recipe, say=say)
     documents = prepared.split("train")
-    plan = plan_language(recipe, documents, prepared.tokenizer.end)
+    plan = plan_language(recipe, prepared, say)
     counted = int(counted_tokens(documents).sum())
     say(f"train: {len(documents.ids):,} tokens, {counted:,} of which are counted")
     train = recipe.train
-    say(
-        f"epoch: {len(plan):,} steps of {train.batch_size} x {train.unroll} x {recipe.model.context} tokens\n"
-        f"tokens: {prepared.tokens}"
-    )
+    say(f"epoch: {len(plan):,} steps of {train.batch_size} x {train.unroll} x {recipe.model.context} tokens")
+    if not isinstance(prepared, PreparedExpansion):  # whose rows become tokens when training begins
+        say(f"tokens: {prepared.tokens}")
 
 
 def ranking(config: RerankerConfig, options: PrepareOptions) -> None:

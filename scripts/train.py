@@ -3,6 +3,7 @@
 example: python scripts/train.py --config configs/quantum_resonance.py --train.epochs 2
 
 Rerankers: configs/quantum_resonance.py, ... Language models: configs/infinito_small.py, infinito.py, indra.py
+A task for a trained one: configs/finetune.py. Query expansion for QMD: configs/expansion_sft.py
 A recipe's presets: --preset quick. Other data: --data FILE_OR_FOLDER. Beside an earlier run: --name NAME.
 All GPUs of a host are used. Several processes, on one host or many: srun or mpirun before the command, or in
 each --coordinator HOST:PORT --processes N --process I (docs/scaling.md).
@@ -16,7 +17,8 @@ from pathlib import Path
 
 from common.config import RerankerConfig, RunOptions, parse_recipe
 from common.errors import UserError, run_command
-from common.language.config import LanguageRecipe
+from common.expansion.recipe import ExpansionRecipe
+from common.language.config import FineTuneRecipe, LanguageRecipe
 from common.language.workflow import train_language
 from common.report import tables_text
 from common.reranker.workflow import train_recipe
@@ -51,12 +53,17 @@ def language(recipe: LanguageRecipe, options: RunOptions) -> None:
     print(tables_text(trained.tables))
     if trained.finished_before:
         print(f"{trained.folder} is finished; --fresh starts it over, --name begins another.")
-    best = shlex.quote(str(trained.best))
-    data = shlex.quote(recipe.data.name)
+    best, data = shlex.quote(str(trained.best)), shlex.quote(recipe.data.name)
+    asked = "--instruction " if isinstance(recipe, FineTuneRecipe) else ""
+    commands = [
+        f'python scripts/generate.py --model {best} {asked}--prompt "..."',
+        f"python scripts/evaluate_lm.py --model {best} --data {data} --metrics all",
+    ]
+    if isinstance(recipe, ExpansionRecipe):
+        commands = [f"python mlx_impl/{command}.py {best}" for command in ("eval", "convert")]
     print(
         f"checkpoint: {trained.best}\nreport: {trained.folder / 'report.html'}\n"
-        f'next: python scripts/generate.py --model {best} --prompt "..."\n'
-        f"      python scripts/evaluate_lm.py --model {best} --data {data} --metrics all"
+        f"next: {commands[0]}\n      {commands[1]}"
     )
 
 

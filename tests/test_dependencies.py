@@ -70,10 +70,13 @@ def test_packages_import_only_what_lies_below_them(package: str) -> None:
     assert [line for path in files for line in violations(path, (ROOT / path).read_text())] == []
 
 
+SETTINGS = ("common.config", "common.language.config", "common.expansion.recipe")
+
+
 def test_recipes_import_the_settings_and_nothing_else() -> None:
     for path in python_files("configs"):
         for name, line, _ in imports(ast.parse((ROOT / path).read_text())):
-            allowed = name.startswith("common.config") or name.split(".")[0] in sys.stdlib_module_names
+            allowed = name.startswith(SETTINGS) or name.split(".")[0] in sys.stdlib_module_names
             assert allowed, f"{path}:{line} imports {name}"
 
 

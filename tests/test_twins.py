@@ -62,9 +62,11 @@ JAX_ONLY = {
     "training/language_step.py: make_language_step(graphdef)",
     "training/language_step.py: make_language_step(optimizer)",
     "training/language_step.py: make_language_step(devices)",
+    "training/language_step.py: Resting",  # MLX freezes what rests
 }
 MLX_ONLY = {
     "models/bert.py: MASKED",  # JAX adds the least float32, which a fused kernel may turn into NaN
+    "models/lora.py: freeze",  # JAX splits a state by a filter
     "models/dropout.py: fold_in",  # jax.random has it
     "training/optimizer.py: global_norm",  # optax has it
     "training/state.py: StateFolder.__init__(kept)",  # model.save_total_limit of the query expansion

@@ -9,6 +9,8 @@ from typing import Any
 
 from common.data.expansion import load_expansions, render_lines
 from common.expansion.config import GrpoConfig, SftConfig
+from common.expansion.prompts import System
+from common.expansion.recipe import ExpansionRecipe
 from common.expansion.tiny_qwen import write_tiny_qwen
 
 THINGS = ("router", "faucet", "lamp", "sofa", "queue", "fence")
@@ -48,8 +50,30 @@ def write_expander(folder: Path, rows: Path, **sizes: Any) -> Path:
     return folder
 
 
-def sft_config(rows: Path, base: Path, output: Path, **training: Any) -> SftConfig:
-    """Full of what a run can have: dropout, accumulation, evaluations, embeddings that learn."""
+def expansion_recipe(rows: Path, base: Path | str, **train: Any) -> ExpansionRecipe:
+    """Two epochs of five steps, adapters of rank 4, both forms of the prompt."""
+    settings = {
+        "epochs": 2.0,
+        "batch_size": 4,
+        "learning_rate": 0.01,
+        "evaluations": 2,
+        "checkpoint_every": 2,
+    }
+    return ExpansionRecipe().changed(
+        name="tiny",
+        base=str(base),
+        data={"name": str(rows)},
+        train=settings | train,
+        lora={"rank": 4, "alpha": 8.0},
+        evaluation={"queries": 2, "max_tokens": 12, "batch_size": 2},
+    )
+
+
+def sft_config(
+    rows: Path, base: Path, output: Path, *, system: System = "none", plain: bool = False, **training: Any
+) -> SftConfig:
+    """Full of what a run can have: dropout, accumulation, evaluations, embeddings that learn; `plain` without
+    dropout and with adapters alone."""
     config = SftConfig()
     settings = {
         "epochs": 2.0,
@@ -63,9 +87,11 @@ def sft_config(rows: Path, base: Path, output: Path, **training: Any) -> SftConf
         config,
         model=replace(config.model, base=str(base), output=str(output)),
         dataset=replace(config.dataset, name=str(rows)),
-        prompt=replace(config.prompt, system="none"),
+        prompt=replace(config.prompt, system=system),
         training=replace(config.training, **(settings | training)),
-        lora=replace(config.lora, rank=4, alpha=8.0, dropout=0.1, train_embeddings=True),
+        lora=replace(
+            config.lora, rank=4, alpha=8.0, dropout=0.0 if plain else 0.1, train_embeddings=not plain
+        ),
         evaluation=replace(config.evaluation, queries=2, max_tokens=16, batch_size=4),
     ).validate()
 

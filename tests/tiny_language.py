@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 from common.language.config import (
     DecoderConfig,
     DecoderRecipe,
+    FineTuneRecipe,
     IndraConfig,
     IndraRecipe,
     InfinitoConfig,
@@ -79,3 +82,26 @@ def recipe(kind: str, data: Path, **train: Any) -> DecoderRecipe | IndraRecipe |
     infinito = InfinitoConfig(**SIZES, context=16, memory_slots=8, memory_writes=4, hidden_dropout=0.1)
     streams = {"unroll": 2, "reset_rate": 0.1}
     return InfinitoRecipe(model=infinito, train=LanguageTrainConfig(**(settings | streams | train)), **shared)
+
+
+def write_tasks(file: Path, extra: Sequence[Mapping[str, str]] = ()) -> Path:
+    """40 rows that ask for the thing of a name, and others."""
+    rows: list[Mapping[str, str]] = [
+        {"instruction": f"Name thing {number} of {name}.", "output": f"the {thing}"}
+        for number in range(8)
+        for name, thing in zip(NAMES, THINGS * 2, strict=False)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *extra]))
+    return file
+
+
+def finetune_recipe(data: Path, base: Path, **train: Any) -> FineTuneRecipe:
+    """A run of 6 steps of 4 rows."""
+    settings = {"epochs": 0.0, "max_steps": 6, "batch_size": 4, "learning_rate": 1e-2, "checkpoint_every": 2}
+    return FineTuneRecipe(
+        name="tuned",
+        base=str(base),
+        data=LanguageDataConfig(name=str(data), mask_prompt=True),
+        train=LanguageTrainConfig(**(settings | {"evaluations": 2} | train)),
+        evaluation=LanguageEvalConfig(batch_size=2),
+    )

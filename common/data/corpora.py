@@ -310,14 +310,24 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def held_out(documents: Sequence[Document]) -> dict[str, tuple[Document, ...]]:
-    """Rows in splits by a hash of their text: 3 % dev, 3 % test; equal prompts lie in one split."""
-    splits: dict[str, list[Document]] = {name: [] for name in SPLITS}
-    for document in documents:
-        asked = document.text[: document.prompt] or document.text
-        place = int(hashlib.sha256(asked.encode()).hexdigest()[:8], 16) / 2**32
-        split = "dev" if place < _HELD_OUT else "test" if place < 2 * _HELD_OUT else "train"
-        splits[split].append(document)
-    return {name: tuple(items) for name, items in splits.items()}
+    """Rows in splits by a hash of their text: 3 % dev, 3 % test; equal prompts lie in one split.
+
+    Of few rows the one with the least hash is dev where none is, the next one test.
+    """
+    places = [_place(document) for document in documents]
+    few = sorted(set(places))[:2] if len(set(places)) >= 10 else []
+    least = dict(zip(few, ("dev", "test"), strict=False))
+    named = ["dev" if place < _HELD_OUT else "test" if place < 2 * _HELD_OUT else "train" for place in places]
+    if not {"dev", "test"} <= set(named):
+        named = [least.get(place, name) for place, name in zip(places, named, strict=True)]
+    found = list(zip(documents, named, strict=True))
+    return {split: tuple(document for document, name in found if name == split) for split in SPLITS}
+
+
+def _place(document: Document) -> float:
+    """A number in [0, 1) that follows from what a row asks, or from its text."""
+    asked = document.text[: document.prompt] or document.text
+    return int(hashlib.sha256(asked.encode()).hexdigest()[:8], 16) / 2**32
 
 
 # --- several as one, and the embedded one ---

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,12 @@ class ExpansionData:
     val: tuple[ExpansionRow, ...]
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows left out
     leaked: tuple[str, ...] = ()  # queries of rows left out because they are evaluated on
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of the SHA-256 of all rows, in order."""
+        rows = [repr([astuple(row) for row in part]) for part in (self.train, self.val)]
+        return hashlib.sha256("|".join(rows).encode()).hexdigest()[:16]
 
     def summary(self) -> str:
         """Counts for a log: rows of each split, what was dropped, evaluation queries found in the data."""

@@ -23,6 +23,8 @@ from common.language.text import LanguageTokenizer
 WHAT = "the tokens of a corpus"
 _Row = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 _UNKNOWN_BYTES = len(UNKNOWN.encode())
+PADDED_TO = 32  # lengths of whole rows are multiples, so that few shapes are compiled
+WINDOW = 50  # batches whose rows are sorted by length together
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,31 @@ class TokenDocuments:
     def document(self, index: int) -> slice:
         """Where a document lies in `ids`."""
         return slice(int(self.starts[index]), int(self.starts[index + 1]))
+
+    def chosen(self, indices: Sequence[int] | np.ndarray) -> TokenDocuments:
+        """These documents, in this order."""
+        places = [self.document(int(index)) for index in indices]
+        return joined_documents(
+            [self.ids[place] for place in places],
+            [self.counted[place] for place in places],
+            self.words[indices],
+            self.bytes[indices],
+        )
+
+
+def joined_documents(
+    ids: Sequence[np.ndarray], counted: Sequence[np.ndarray], words: Any, bytes_: Any
+) -> TokenDocuments:
+    """Documents from the ids int32 [n] and what counts bool [n] of each, their counted words and bytes."""
+    starts = np.concatenate(([0], np.cumsum([len(part) for part in ids]))).astype(np.int64)
+    empty = np.zeros(0, np.int32)
+    return TokenDocuments(
+        np.concatenate([*ids, empty]),
+        np.concatenate([*counted, empty.astype(bool)]),
+        starts,
+        np.asarray(words, np.int64),
+        np.asarray(bytes_, np.int64),
+    )
 
 
 @dataclass(frozen=True)
@@ -100,14 +127,10 @@ def read_tokens(directory: Path, split: str) -> TokenDocuments:
         found = [records[i] for i in range(len(records))]
         ids = [np.asarray(record["ids"], np.int32) for record in found]
         counted = [np.asarray(record["counted"], bool) for record in found]
-        numbers = [np.asarray([record[name] for record in found], np.int64) for name in ("words", "bytes")]
+        words, sizes = ([record[name] for record in found] for name in ("words", "bytes"))
+        return joined_documents(ids, counted, words, sizes)
     except (KeyError, TypeError, ValueError) as error:
         raise records.unreadable(str(error)) from error
-    starts = np.concatenate(([0], np.cumsum([len(part) for part in ids]))).astype(np.int64)
-    empty = np.zeros(0, np.int32)
-    return TokenDocuments(
-        np.concatenate(ids or [empty]), np.concatenate(counted or [empty.astype(bool)]), starts, *numbers
-    )
 
 
 @cache
@@ -365,6 +388,89 @@ class Streams(_Planned):
         return table, (offset == 0) | (rng.random(len(offset)) < self.reset_rate)
 
 
+class WholeRows(_Planned):
+    """A document a row, none cut, rows of like length in a batch: for fine-tuning.
+
+    The token `frame` stands before a document, `end` behind it where given; `segment` is the most that a row
+    may have, in tokens that the model reads, padded to a multiple of PADDED_TO. `forms` F:
+    `documents` holds N rows in F forms, one form after the other; row i has form (i + epoch) mod F. An epoch
+    holds every row once; the last batch may have empty ones. UserError when there are fewer rows than a batch
+    holds.
+    """
+
+    def __init__(
+        self,
+        documents: TokenDocuments,
+        segment: int,
+        batch_size: int,
+        frame: int,
+        end: int | None,
+        seed: int,
+        *,
+        forms: int = 1,
+    ) -> None:
+        super().__init__(documents, segment, frame, seed)
+        self.batch_size, self.forms = batch_size, forms
+        self._before = np.asarray([frame], np.int32)
+        self._behind = np.asarray([] if end is None else [end], np.int32)
+        self.rows = len(documents) // forms
+        if self.rows < batch_size:
+            raise _too_small(self.rows, "rows", batch_size)
+
+    def __len__(self) -> int:
+        return -(-self.rows // self.batch_size)
+
+    def batch(self, step: int) -> LanguageBatch:
+        (chosen, order), position = self._place(step)
+        rows = order[position]
+        texts = [self._row(int(chosen[row])) for row in rows]
+        length = min(self.segment, PADDED_TO * -(-max(len(ids) - 1 for ids, _ in texts) // PADDED_TO))
+        parts = [_alone(ids, counted, length) for ids, counted in texts]
+        empty = [_alone(*self._nothing(), length)] * (self.batch_size - len(rows))
+        number = np.full(self.batch_size, -1, np.int32)
+        number[: len(rows)] = rows
+        return LanguageBatch(*_stacked([*parts, *empty]), np.ones((self.batch_size, 1), bool), number)
+
+    def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, list[list[int]]]:
+        """The document of each row, and the rows of each batch."""
+        row = np.arange(self.rows)
+        chosen = row + self.rows * ((row + epoch) % self.forms)
+        lengths = self.documents.lengths()[chosen].tolist()
+        return chosen, batch_order(lengths, self.batch_size, self.seed, epoch, True)
+
+    def _row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        place = self.documents.document(index)
+        ids = np.concatenate((self._before, self.documents.ids[place], self._behind))
+        counted = (np.zeros(1, bool), self.documents.counted[place], np.ones(len(self._behind), bool))
+        return ids, np.concatenate(counted)
+
+    def _nothing(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._before, np.zeros(1, bool)
+
+
+def _alone(ids: np.ndarray, counted: np.ndarray, size: int) -> _Row:
+    """A whole text as a row of `size`; every token of it is of one segment, whatever it is."""
+    inputs, labels, mask, segments = _cut(ids, counted, 0, len(ids), size, int(ids[0]))
+    return inputs, labels, mask, (segments > 0).astype(np.int32)
+
+
+def batch_order(lengths: Sequence[int], size: int, seed: int, epoch: int, buckets: bool) -> list[list[int]]:
+    """The rows of each batch of an epoch: shuffled, and with `buckets` of like length within a batch.
+
+    Every row stands in one batch; the last may be smaller.
+    """
+    random = np.random.default_rng((seed, epoch))
+    order = random.permutation(len(lengths)).tolist()
+    if buckets:
+        window = WINDOW * size
+        parts = [order[first : first + window] for first in range(0, len(order), window)]
+        order = [row for part in parts for row in sorted(part, key=lambda i: lengths[i])]
+    batches = [order[first : first + size] for first in range(0, len(order), size)]
+    if buckets:
+        batches = [batches[i] for i in random.permutation(len(batches))]
+    return batches
+
+
 def evaluation_batches(
     documents: TokenDocuments, segment: int, batch_size: int, end: int, *, stride: int, carry: bool
 ) -> Iterator[LanguageBatch]:
@@ -414,6 +520,7 @@ def _window_batch(
         ids = np.concatenate(([end], documents.ids[place]))
         counted = np.concatenate(([False], documents.counted[place]))
         inputs, labels, mask, shown = _cut(ids, counted, start, len(ids), segment, end)
+        shown = (shown > 0).astype(np.int32)  # a window shows one document
         if item is None:
             mask[:] = False
         elif start:

@@ -18,6 +18,10 @@ from common.expansion.prompts import System
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TINY = "tiny"  # the base that is made here
+TINY_REMEDY = (
+    "Check the spelling and the network, give the path of a downloaded Qwen3 checkpoint directory, or run "
+    "the embedded default, which needs no download: --base tiny"
+)
 LossType = Literal["grpo", "dr_grpo", "bnpo", "dapo"]
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from common.checkpoint import to_json, write_checkpoint
+from common.data.expansion import MARKER, ExpansionData, render_lines
+from common.expansion.prompts import CONSUMER_SYSTEM, NO_THINK
 
 CHAT_TEMPLATE = Path(__file__).with_name("qwen3_chat_template.jinja")
 VOCABULARY = 1792  # with the special tokens; padded to this when the texts have fewer
@@ -45,6 +47,17 @@ SIZES = {
 EMBEDDING_SPREAD = 0.1  # a tied random head of spread 0.02 cannot make a sharp distribution
 
 
+def tiny_base(
+    directory: Path, data: ExpansionData, seed: int, sizes: Mapping[str, Any] | None = None
+) -> Path:
+    """The tiny random base, made from the training rows; the one that is there is kept."""
+    if not directory.exists():
+        texts = [f"{row.query}\n{render_lines(row.lines)}" for row in data.train]
+        asked = f"system\n{CONSUMER_SYSTEM}\nuser\n{NO_THINK}{MARKER} "  # in each row: few tokens
+        write_tiny_qwen(directory, [*texts, *[asked] * len(texts)], seed=seed, sizes=sizes)
+    return directory
+
+
 def write_tiny_qwen(
     directory: Path, texts: Iterable[str], *, seed: int = 0, sizes: Mapping[str, Any] | None = None
 ) -> None:
@@ -67,7 +80,7 @@ def write_tiny_qwen(
         resonance=None,
         training={"made": "tiny", "seed": seed},
         tokenizer_save=save_tokenizer,
-        card="# A tiny random Qwen3\n\nMade by `mlx_impl/train.py sft --base tiny`, to be trained.\n",
+        card="# A tiny random Qwen3\n\nMade for `--base tiny` of the query expansion, to be trained.\n",
     )
 
 

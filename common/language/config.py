@@ -1,25 +1,37 @@
-"""The recipes of language models: decoder, Indra, Infinito. Settings of the models: architectures.py."""
+"""The recipes of language models: decoder, Indra, Infinito, and fine-tuning of one that is trained.
+
+Settings of the models: architectures.py.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
-from common.config import is_folder_name, misfits, with_settings
+from common.config import LoraConfig, is_folder_name, misfits, with_settings
 from common.errors import UserError
-from common.language.architectures import DecoderConfig, DistillationConfig, IndraConfig, InfinitoConfig
+from common.language.architectures import (
+    DecoderConfig,
+    DistillationConfig,
+    IndraConfig,
+    InfinitoConfig,
+    LanguageModelConfig,
+)
 
 __all__ = [
     "LANGUAGE_RECIPES",
     "DecoderConfig",
     "DecoderRecipe",
     "DistillationConfig",
+    "FineTuneRecipe",
     "IndraConfig",
     "IndraRecipe",
     "InfinitoConfig",
     "InfinitoRecipe",
     "LanguageDataConfig",
     "LanguageEvalConfig",
+    "LanguageLoraConfig",
     "LanguageRecipe",
     "LanguageTrainConfig",
 ]
@@ -76,7 +88,9 @@ class LanguageTrainConfig:
     evaluations: int = 4
     """How often dev is scored during training, evenly spaced, the end included."""
     patience: int | None = None
-    """Evaluations without a better dev perplexity before training stops early; never when absent."""
+    """Evaluations without a better dev result before training stops early; never when absent."""
+    best: Literal["perplexity", "score"] = "perplexity"
+    """Which dev figure chooses best/; `score` where a recipe has one (configs/expansion_sft.py)."""
     checkpoint_every: int = 100
     """Steps between states that an interrupted run resumes from."""
 
@@ -84,6 +98,23 @@ class LanguageTrainConfig:
     def portable_rate(self) -> float:
         """No part of a language model has a rate of its own."""
         return 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageLoraConfig(LoraConfig):
+    """Low-rank adapters on a base, which rests; merged into the weights when a checkpoint is saved."""
+
+    rank: int = 0
+    """0: no adapters, every parameter learns."""
+    targets: tuple[str, ...] = ()
+    """Names of the linear layers that get an adapter (`q_proj`, `v_proj`); empty: all of them."""
+    train_embeddings: bool = False
+    """Embeddings and head learn in full beside the adapters."""
+
+    def learns(self, path: Sequence[str | int]) -> bool:
+        """Whether the parameter at an attribute path learns."""
+        embeds = self.train_embeddings and bool({"embed_tokens", "lm_head"} & set(path))
+        return not self.rank or embeds or path[-1] in ("lora_a", "lora_b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +137,7 @@ class LanguageRecipe:
     rates of dropout) and `data.tokenizer`. Fresh when absent."""
     data: LanguageDataConfig = LanguageDataConfig()
     train: LanguageTrainConfig = LanguageTrainConfig()
+    lora: LanguageLoraConfig = LanguageLoraConfig()
     distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
     evaluation: LanguageEvalConfig = LanguageEvalConfig()
     model: Any = None
@@ -115,6 +147,16 @@ class LanguageRecipe:
         """Rates of dropout, under the names of a model's settings."""
         names = ("embedding_dropout", "word_dropout", "hidden_dropout", "attention_dropout")
         return {name: getattr(self.model, name) for name in names}
+
+    @property
+    def scored(self) -> bool:
+        """Whether what the model generates on dev is scored."""
+        return False
+
+    @property
+    def max_dev_documents(self) -> int | None:
+        """How much of dev is scored during training."""
+        return self.data.max_dev_documents
 
     @property
     def masks_unknown(self) -> bool:
@@ -135,7 +177,7 @@ class LanguageRecipe:
                 for field, value, good, allowed in self._checks()
                 if not good
             ),
-            *self.model.problems("model."),
+            *([] if self.model is None else self.model.problems("model.")),
             *self.distillation.problems("distillation."),
         ]
         if wrong:
@@ -143,15 +185,23 @@ class LanguageRecipe:
         return self
 
     def _checks(self) -> list[tuple[str, Any, bool, str]]:
-        d, t, e = self.data, self.train, self.evaluation
+        t, e, lora = self.train, self.evaluation, self.lora
         folder = is_folder_name(self.name)
-        context = self.model.context
+        context = None if self.model is None else self.model.context
         zero_to_one = ("reset_rate", "warmup", "label_smoothing", "average")
         counts = ("batch_size", "unroll", "evaluations", "checkpoint_every")
         return [
             ("name", self.name, folder, "a folder's name, without / and no dot first"),
-            ("data.vocab_size", d.vocab_size, d.vocab_size >= 512, ">= 512"),
-            ("data.max_dev_documents", d.max_dev_documents, _absent_or_positive(d.max_dev_documents), ">= 1"),
+            *self._data_checks(),
+            ("lora.rank", lora.rank, lora.rank >= 0, ">= 0"),
+            ("lora.alpha", lora.alpha, lora.alpha > 0, "> 0"),
+            ("lora.rank", lora.rank, not lora.rank or self.base is not None, "0 without a --base that rests"),
+            (
+                "train.best",
+                t.best,
+                t.best == "perplexity" or self.scored,
+                "perplexity: nothing is scored here",
+            ),
             ("train.epochs", t.epochs, t.epochs >= 0 and (t.epochs > 0 or t.max_steps), "> 0, or max_steps"),
             ("train.min_steps", t.min_steps, t.min_steps >= 0, ">= 0"),
             ("train.max_steps", t.max_steps, _absent_or_positive(t.max_steps), ">= 1"),
@@ -164,17 +214,24 @@ class LanguageRecipe:
             (
                 "evaluation.stride",
                 e.stride,
-                e.stride is None or 1 <= e.stride <= context,
-                f"1 to the context, {context}",
+                e.stride is None or 1 <= e.stride <= (context or e.stride),
+                f"1 to the context, {context}" if context else ">= 1",
             ),
             *((f"train.{n}", getattr(t, n), 0 <= getattr(t, n) < 1, "[0, 1)") for n in zero_to_one),
             *((f"train.{n}", getattr(t, n), getattr(t, n) >= 1, ">= 1") for n in counts),
             (
                 "train.unroll",
                 t.unroll,
-                t.unroll == 1 or isinstance(self, InfinitoRecipe),
+                t.unroll == 1 or self.model is None or isinstance(self.model, InfinitoConfig),
                 "1 but for Infinito: the rows of other models do not go on",
             ),
+        ]
+
+    def _data_checks(self) -> list[tuple[str, Any, bool, str]]:
+        d = self.data
+        return [
+            ("data.vocab_size", d.vocab_size, d.vocab_size >= 512, ">= 512"),
+            ("data.max_dev_documents", d.max_dev_documents, _absent_or_positive(d.max_dev_documents), ">= 1"),
         ]
 
 
@@ -202,7 +259,38 @@ class InfinitoRecipe(LanguageRecipe):
     model: InfinitoConfig = dataclasses.field(default_factory=InfinitoConfig)
 
 
-LANGUAGE_RECIPES = (DecoderRecipe, IndraRecipe, InfinitoRecipe)
+@dataclasses.dataclass(frozen=True)
+class FineTuneRecipe(LanguageRecipe):
+    """A trained model of any kind goes on with a task: `configs/finetune.py`."""
+
+    name: str = "finetune"
+    data: LanguageDataConfig = LanguageDataConfig(name="alpaca", mask_prompt=True)
+    context: int | None = None
+    """Tokens of a row; the base's own context when absent, 1024 at most."""
+    on_long_row: Literal["error", "skip"] = "error"
+    """A row longer than that: stop, or leave it out of training and say how many."""
+    model: LanguageModelConfig | None = None
+    """Settings of the base, which are read from it."""
+
+    @property
+    def remedy(self) -> str | None:
+        """What to do where the base is not found; the usual advice when None."""
+        return "Name a checkpoint directory or a run of configs/{infinito_small,indra,...}.py."
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a row must fit the context; Infinito reads on with its memory."""
+        return not isinstance(self.model, InfinitoConfig)
+
+    def _checks(self) -> list[tuple[str, Any, bool, str]]:
+        return [
+            *super()._checks(),
+            ("base", self.base, bool(self.base), "a checkpoint or run to begin with: --base runs/NAME"),
+            ("context", self.context, self.context is None or self.context >= 8, ">= 8"),
+        ]
+
+
+LANGUAGE_RECIPES = (DecoderRecipe, IndraRecipe, InfinitoRecipe, FineTuneRecipe)
 
 
 def _absent_or_positive(value: int | None) -> bool:

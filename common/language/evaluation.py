@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from common.data.language import LanguageBatch, TokenDocuments, evaluation_batches
+from common.data.language import PADDED_TO, LanguageBatch, TokenDocuments, evaluation_batches
 from common.metrics.language import Perplexity, memory_statistics, perplexity
 from common.progress import progress
 
@@ -41,6 +42,7 @@ class LanguageResult:
     context: int
     stride: int
     memory: dict[str, float] | None
+    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of the task, of what is generated
 
     def json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -50,6 +52,7 @@ class LanguageResult:
             "context": self.context,
             "stride": self.stride,
             "memory": self.memory,
+            **self.scores,
         }
 
 
@@ -69,7 +72,10 @@ def evaluate_perplexity(
     """
     context = scorer.context
     stride = context if stride is None or cache else stride
-    batches = evaluation_batches(documents, context, batch_size, end, stride=stride, carry=cache)
+    segment = context if cache else min(context, _enough(documents))
+    batches = evaluation_batches(
+        documents, segment, batch_size, end, stride=min(stride, segment), carry=cache
+    )
     nll, tokens = np.zeros(len(documents)), np.zeros(len(documents), np.int64)
     memory: Any = None
     seen: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
@@ -94,3 +100,8 @@ def evaluate_perplexity(
     found = perplexity(nll, tokens, documents.words, documents.bytes)
     statistics = memory_statistics(*(np.concatenate(x) for x in zip(*seen, strict=True))) if seen else None
     return LanguageResult(found, "cache" if cache else "static", context, stride, statistics)
+
+
+def _enough(documents: TokenDocuments) -> int:
+    """Tokens of a window that every document fits in."""
+    return PADDED_TO * -(-int(max(documents.lengths(), default=1)) // PADDED_TO)

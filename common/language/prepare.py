@@ -5,16 +5,30 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from common.cache import cache_key, read_cache, write_cache
+from common.checkpoint import CONFIG_FILE, read_config
 from common.data.corpora import Corpus, Document, load_corpus
-from common.data.language import PackedRows, Plan, Streams, TokenDocuments, read_tokens, write_tokens
+from common.data.language import (
+    PackedRows,
+    Plan,
+    Streams,
+    TokenDocuments,
+    WholeRows,
+    read_tokens,
+    write_tokens,
+)
 from common.data.pydocs import PACKAGES
-from common.language.config import InfinitoRecipe, LanguageRecipe
+from common.errors import UserError, listed
+from common.hub import resolve_model
+from common.language.architectures import DecoderConfig, InfinitoConfig, language_config
+from common.language.config import FineTuneRecipe, LanguageRecipe
+from common.language.generation import Engine
 from common.language.text import LanguageTokenizer, corpus_tokenizer, load_tokenizer
 from common.reranker.prepare import cache_root
 from common.runs import package_versions
@@ -30,6 +44,25 @@ class PreparedLanguage:
     tokens: Path  # the folder of ArrayRecord
     notes: tuple[str, ...] = ()  # what stands for what
 
+    @property
+    def frame(self) -> int:
+        """The token that stands before a document when it is read alone."""
+        return self.tokenizer.end
+
+    @property
+    def behind(self) -> int | None:
+        """The token to be learned behind a whole document; None where documents have one of their own."""
+        return self.tokenizer.end
+
+    @property
+    def forms(self) -> int:
+        """In how many forms the train split has each row, one form after the other."""
+        return 1
+
+    def scores(self, engine: Engine) -> dict[str, float]:
+        """Figures of what a model generates on dev, `score` among them, for a recipe that is `scored`."""
+        raise NotImplementedError
+
     def split(self, name: str, limit: int | None = None) -> TokenDocuments:
         """The tokens of a split, of its first `limit` documents where given."""
         documents = read_tokens(self.tokens, name)
@@ -43,6 +76,28 @@ class PreparedLanguage:
             documents.words[:limit],
             documents.bytes[:limit],
         )
+
+
+LONGEST = 1024  # tokens of a row of a task, where neither recipe nor base ask for less
+
+
+def with_base(recipe: LanguageRecipe) -> LanguageRecipe:
+    """A fine-tuning recipe with its base's directory and settings; others as they are.
+
+    UserError for a base that is not there, of an unknown architecture, or of a shorter context.
+    """
+    if not isinstance(recipe, FineTuneRecipe) or recipe.base is None:
+        return recipe
+    base = resolve_model(recipe.base, say=lambda _: None, remedy=recipe.remedy)
+    model = language_config(read_config(base), base / CONFIG_FILE)
+    context = recipe.context or min(model.context, LONGEST)
+    if context > model.context:
+        raise UserError(
+            f"base {base}: has a context of {model.context} tokens, --context asks for {context}."
+        )
+    name = "max_position_embeddings" if isinstance(model, DecoderConfig) else "context"
+    cut: dict[str, Any] = {name: context}
+    return dataclasses.replace(recipe, base=str(base), model=dataclasses.replace(model, **cut)).validate()
 
 
 def recipe_corpus(recipe: LanguageRecipe) -> Corpus:
@@ -69,7 +124,9 @@ def prepare_language(recipe: LanguageRecipe, *, say: Callable[[str], None] = pri
     """
     corpus = recipe_corpus(recipe)
     for split in ("train", "dev"):
-        corpus.split(split)
+        documents = corpus.split(split)
+        if isinstance(recipe, FineTuneRecipe) and recipe.data.mask_prompt:
+            _check_answers(corpus.name, documents)
     for line in (corpus.describe(), *corpus.notes):
         say(line)
     tokenizer = recipe_tokenizer(recipe, corpus)
@@ -98,10 +155,38 @@ def corpus_tokens(recipe: LanguageRecipe, corpus: Corpus, tokenizer: LanguageTok
     )
 
 
-def plan_language(recipe: LanguageRecipe, documents: TokenDocuments, end: int) -> Plan:
-    """Streams for Infinito, packed rows for the others. UserError for a corpus smaller than one step."""
-    train, context = recipe.train, recipe.model.context
-    if not isinstance(recipe, InfinitoRecipe):
+def _check_answers(name: str, documents: Sequence[Document]) -> None:
+    """UserError for running text among the rows of a task: it has no answer to be learned alone."""
+    running = [document.text[:60] for document in documents if not document.prompt]
+    if running:
+        raise UserError(
+            f"{name}: {len(running)} of {len(documents)} rows have text, but no prompt with an answer:\n"
+            f"{listed([repr(text) for text in running], 3)}\nGive rows of instruction + output and the like "
+            "(README), or learn all of the text: --data.no-mask-prompt."
+        )
+
+
+def plan_language(
+    recipe: LanguageRecipe, prepared: PreparedLanguage, say: Callable[[str], None] = print
+) -> Plan:
+    """Whole rows for fine-tuning, streams for a memory, packed rows for the others.
+
+    UserError for a corpus smaller than one step, and for rows of a task that are longer than the context.
+    """
+    train, context, documents = recipe.train, recipe.model.context, prepared.split("train")
+    end = prepared.tokenizer.end
+    if isinstance(recipe, FineTuneRecipe) and recipe.whole_rows:
+        fitting = _fitting(recipe, context, prepared, documents, say)
+        return WholeRows(
+            fitting,
+            context,
+            train.batch_size,
+            prepared.frame,
+            prepared.behind,
+            train.seed,
+            forms=prepared.forms,
+        )
+    if not isinstance(recipe.model, InfinitoConfig):
         fixed = recipe.distillation.teacher is not None and recipe.distillation.stored > 0
         return PackedRows(documents, context, train.batch_size, end, train.seed, fixed=fixed)
     return Streams(
@@ -112,6 +197,34 @@ def plan_language(recipe: LanguageRecipe, documents: TokenDocuments, end: int) -
         train.seed,
         unroll=train.unroll,
         reset_rate=train.reset_rate,
+    )
+
+
+def _fitting(
+    recipe: FineTuneRecipe,
+    context: int,
+    prepared: PreparedLanguage,
+    documents: TokenDocuments,
+    say: Callable[[str], None],
+) -> TokenDocuments:
+    """The rows that fit the context; UserError, or a word, about the others."""
+    # of a frame and what is behind, the last token is only a label
+    sizes = documents.lengths() + (prepared.behind is not None)
+    rows = len(documents) // prepared.forms
+    long = np.unique(np.flatnonzero(sizes > context) % max(1, rows))
+    if not len(long):
+        return documents
+    what = f"{len(long)} of {rows} rows are longer than the context of {context} tokens"
+    if recipe.on_long_row == "skip":
+        say(f"{what}: left out")
+        keep = np.setdiff1d(np.arange(rows), long)
+        return documents.chosen(np.concatenate([keep + rows * form for form in range(prepared.forms)]))
+    shown = [
+        f"{sizes[row]} tokens: {prepared.tokenizer.decode(documents.ids[documents.document(row)][:16])!r}"
+        for row in map(int, long[:5])
+    ]
+    raise UserError(
+        f"{what}:\n{listed(shown, 5)}\nShorten them, raise --context, or leave them out: --on-long-row skip."
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+# what a checkpoint directory may hold of its tokenizer
+TOKENIZER_FILES = (
+    *(TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "chat_template.jinja", "vocab.json", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "generation_config.json"),
+)
 # what ends a text, in the order of preference
 _ENDS = (END_OF_TEXT, "<|im_end|>", "</s>")
 # name -> its folder in $RESONANCE_DATA/tokenizers, its repository on the hub
@@ -168,6 +174,13 @@ def load_tokenizer(name: str | Path, *, say: Callable[[str], None] = lambda _: N
     end = end.get("content") if isinstance(end, dict) else end
     say(f"tokenizer: {file}")
     return LanguageTokenizer(tokenizer, name=str(name), end=end)
+
+
+def copy_tokenizer(source: Path, directory: Path) -> None:
+    """Copy the tokenizer's files of a checkpoint directory, unchanged."""
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, directory / name)
 
 
 def _tokenizer_file(name: str) -> Path:

@@ -7,6 +7,7 @@ A backend's trainer derives from LanguageLoop and brings model, step and state:
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from common.hub import resolve_model
 from common.language.architectures import LanguageModelConfig, language_config, parameter_count
 from common.language.config import LanguageRecipe
 from common.language.evaluation import LanguageResult, evaluate_perplexity
+from common.language.generation import Engine
 from common.language.prepare import PreparedLanguage, plan_language
-from common.language.text import TOKENIZER_FILE, load_tokenizer
+from common.language.text import TOKENIZER_FILE, copy_tokenizer, load_tokenizer
 from common.runs import environment
 from common.training import Notes, TrainingLoop, finite, planned_steps
 
@@ -28,8 +30,8 @@ from common.training import Notes, TrainingLoop, finite, planned_steps
 class LanguageLoop(TrainingLoop[LanguageResult, LanguageBatch]):
     """One run of a recipe; see TrainingLoop.
 
-    `scorer` of a backend gives a SegmentScorer. Raises UserError for a recipe that does not fit data or base,
-    before anything is written.
+    `scorer` of a backend gives a SegmentScorer, `engine` what generates. Raises UserError for a recipe
+    that does not fit data or base, before anything is written.
     """
 
     def __init__(
@@ -41,9 +43,8 @@ class LanguageLoop(TrainingLoop[LanguageResult, LanguageBatch]):
         self.base = None if recipe.base is None else resolve_model(recipe.base, say=say)
         self.model_config = model_settings(recipe, prepared, self.base)
         self.teacher = teacher_directory(recipe, prepared, say=say)
-        documents = prepared.split("train")
-        self.dev = prepared.split("dev", recipe.data.max_dev_documents)
-        self.plan = plan_language(recipe, documents, self.tokenizer.end)
+        self.dev = prepared.split("dev", recipe.max_dev_documents)
+        self.plan = plan_language(recipe, prepared, say)
         self.steps = planned_steps(recipe.train, len(self.plan))
         train = recipe.train
         self.say(
@@ -51,6 +52,23 @@ class LanguageLoop(TrainingLoop[LanguageResult, LanguageBatch]):
             f"({self.steps / len(self.plan):.2f} epochs) of {train.batch_size} x {train.unroll} x "
             f"{recipe.model.context} tokens"
         )
+
+    def engine(self) -> Engine:
+        """The model as `scorer` has it, to generate with."""
+        raise NotImplementedError
+
+    def save_tokenizer(self, directory: Path) -> None:
+        """Write the tokenizer; that of a base as it lies there, with its chat template."""
+        self.tokenizer.save(directory)
+        if self.base is not None:
+            copy_tokenizer(self.base, directory)
+
+    def token_ids(self) -> dict[str, Any]:
+        """What config.json says of the tokens that begin and end a text: as the base's."""
+        if self.base is None:
+            return {"eos_token_id": self.tokenizer.end, "bos_token_id": self.tokenizer.end}
+        names = ("eos_token_id", "bos_token_id", "pad_token_id")
+        return {name: value for name, value in read_config(self.base).items() if name in names}
 
     def _batches(self) -> Any:
         return self.plan.loader(self.steps)
@@ -64,24 +82,34 @@ class LanguageLoop(TrainingLoop[LanguageResult, LanguageBatch]):
     def _tell(self, step: int, result: LanguageResult, notes: Notes) -> None:
         found = result.perplexity
         numbers = {
+            "loss": math.log(found.token),
             "perplexity": found.token,
             "word_perplexity": found.word,
             "bits_per_byte": found.bits_per_byte,
         }
-        self.folder.log(step, "dev", numbers | (result.memory or {}))
-        self.say(f"dev at step {step}, {result.mode}: {found.line()}")
+        self.folder.log(step, "dev", numbers | (result.memory or {}) | dict(result.scores))
+        scores = "".join(f", {name} {value:.4f}" for name, value in result.scores.items())
+        self.say(f"dev at step {step}, {result.mode}: {found.line()}{scores}")
 
     def _better(self, result: LanguageResult, notes: Notes) -> Notes | None:
-        found = result.perplexity.token
-        return {"best": found} if notes["best"] is None or found < notes["best"] else None
+        by_score = self.recipe.train.best == "score"
+        found, before = result.scores["score"] if by_score else result.perplexity.token, notes["best"]
+        better = before is None or (found > before if by_score else found < before)
+        return {"best": found} if better else None
 
     def _measure(self) -> LanguageResult:
+        result = self._perplexity()
+        if not self.recipe.scored:
+            return result
+        return dataclasses.replace(result, scores=self.prepared.scores(self.engine()))
+
+    def _perplexity(self) -> LanguageResult:
         scorer, evaluation = self.scorer(), self.recipe.evaluation
         try:
             return evaluate_perplexity(
                 scorer,
                 self.dev,
-                self.tokenizer.end,
+                self.prepared.frame,
                 cache=scorer.carries,
                 batch_size=evaluation.batch_size,
                 stride=evaluation.stride,
@@ -167,6 +195,7 @@ def language_card(recipe: LanguageRecipe, config: LanguageModelConfig, training:
     dev, data = training["dev"], training["data"]
     kind = type(recipe.model).__name__.removesuffix("Config")
     taught = f", distilled from `{recipe.distillation.teacher}`" if recipe.distillation.teacher else ""
+    scores = "".join(f"| {name} | {dev[name]:.4f} |\n" for name in ("score", "ended") if name in dev)
     begun = f", from `{recipe.base}`" if recipe.base else ""
     return f"""---
 pipeline_tag: text-generation
@@ -181,7 +210,7 @@ pipeline_tag: text-generation
 | perplexity a token | {dev["token"]:.2f} |
 | perplexity a word, end of line counted | {dev["word"]:.2f} |
 | bits a byte | {dev["bits_per_byte"]:.4f} |
-
+{scores}
 This split chose the checkpoint; measure the test split with `scripts/evaluate_lm.py`. Generate with
 `scripts/generate.py --model DIR --prompt "..."`.
 """

@@ -16,10 +16,12 @@ from common.backends import (
 )
 from common.config import RunOptions, to_dict
 from common.errors import UserError
+from common.expansion.recipe import ExpansionRecipe
+from common.expansion.sft import PreparedExpansion, prepare_expansion
 from common.hub import resolve_model
 from common.language.config import LanguageRecipe
 from common.language.evaluation import LanguageResult, SegmentScorer, evaluate_perplexity
-from common.language.prepare import PreparedLanguage, prepare_language
+from common.language.prepare import PreparedLanguage, prepare_language, with_base
 from common.report import Table, write_report
 from common.runs import RESULTS_FILE, RunFolder, environment, environment_line, finished_results
 
@@ -34,7 +36,7 @@ class TrainedLanguageRun:
 
     @property
     def best(self) -> Path:
-        """The checkpoint with the lowest dev perplexity."""
+        """The checkpoint that was best on dev."""
         return self.folder / "best"
 
 
@@ -45,11 +47,11 @@ def train_language(
 
     A run that is finished is not trained again. Raises UserError for everything wrong with recipe or data.
     """
-    recipe, options = recipe.validate(), options or RunOptions()
+    options = options or RunOptions()
     if (options.coordinator, options.processes, options.process) != (None, None, None):
         raise UserError("a language model trains in one process, on all its devices: leave out --processes")
+    recipe, prepared = prepare(recipe.validate(), say=say)
     settings, place = to_dict(recipe), options.runs / recipe.name
-    prepared = prepare_language(recipe, say=say)
     finished = (
         None if options.fresh else finished_results(options.runs, recipe.name, settings, prepared.fingerprint)
     )
@@ -69,14 +71,23 @@ def train_language(
         device=device,
     ) as folder:
         summary = trainer.run(folder)
+        figure = "score" if recipe.train.best == "score" else "perplexity a token"
         say(
-            f"best on dev: step {summary['best_step']}, perplexity {summary['best_dev']:.2f} a token"
+            f"best on dev: step {summary['best_step']}, {figure} {summary['best_dev']:.4g}"
             if summary["best_step"] is not None
             else "dev was never measured"
         )
         tables = evaluate_best(recipe, options, prepared, folder, summary)
         write_report(folder.path)
     return TrainedLanguageRun(folder.path, tables, False)
+
+
+def prepare(recipe: LanguageRecipe, *, say: Callable[[str], None]) -> tuple[LanguageRecipe, PreparedLanguage]:
+    """The recipe, with what its base says where it fine-tunes one, and its data. Raises UserError."""
+    if isinstance(recipe, ExpansionRecipe):
+        return prepare_expansion(recipe, say=say)
+    recipe = with_base(recipe)
+    return recipe, prepare_language(recipe, say=say)
 
 
 def run_inputs(recipe: LanguageRecipe, options: RunOptions, place: Path) -> dict[str, str]:
@@ -99,9 +110,17 @@ def evaluate_best(
     folder: RunFolder,
     summary: dict[str, Any],
 ) -> list[Table]:
-    """The test split's table of the best checkpoint, written to results.json; none without the test."""
+    """The test split's table of the best checkpoint, written to results.json; none without the test.
+
+    An expansion's rows have no test split: the scores on dev, which chose the checkpoint.
+    """
     if not options.evaluate_test:
         return []
+    if isinstance(prepared, PreparedExpansion):
+        engine = language_module(options.backend, "generation").load_engine(folder.best)
+        tables = prepared.score_tables(f"{recipe.name}/best", engine) if recipe.scored else []
+        folder.write_json(RESULTS_FILE, {"tables": tables, "training": summary})
+        return tables
     scorer: SegmentScorer = language_module(options.backend, "language_scoring").load_segment_scorer(
         folder.best
     )

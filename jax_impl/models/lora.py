@@ -44,10 +44,10 @@ class LoRALinear(nnx.Module):
 def add_lora(
     encoder: nnx.Module, rank: int, alpha: float, targets: Sequence[str], *, rngs: nnx.Rngs
 ) -> list[str]:
-    """Replace the linear layers of `encoder` named in `targets` by adapters, in place; returns their paths.
+    """Replace the linear layers of `encoder`, or of another model, named in `targets` by adapters, in place.
 
-    Without targets all of them. A pooler is left alone: the portable head learns in full.
-    Raises ValueError, which names the layers there are, when a target names no linear layer.
+    Returns their paths. Without targets all of them. A pooler is left alone: the portable head learns in
+    full. Raises ValueError, which names the layers there are, when a target names no linear layer.
     """
     layers = [
         (path, module, name)
@@ -59,7 +59,7 @@ def add_lora(
     missing = [target for target in targets if target not in there]
     if missing:
         known = ", ".join(there)
-        raise ValueError(f"LoRA targets {missing} name no linear layer of the encoder; it has: {known}")
+        raise ValueError(f"LoRA targets {missing} name no linear layer of the model; it has: {known}")
     chosen = [layer for layer in layers if not targets or layer[-1] in targets]
     for _, module, name in chosen:
         setattr(module, name, LoRALinear(getattr(module, name), rank, alpha, rngs=rngs))

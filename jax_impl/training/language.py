@@ -22,12 +22,20 @@ from common.language.config import LanguageRecipe
 from common.language.prepare import PreparedLanguage
 from common.language.training import LanguageLoop
 from common.reranker.prepare import cache_root
+from jax_impl.generation import ModelEngine
 from jax_impl.language import build_language_model, load_language_model, save_language_model
 from jax_impl.language_scoring import ModelScorer
 from jax_impl.losses.language import store_teacher
 from jax_impl.models.decoder import LanguageModel
+from jax_impl.models.lora import add_lora
 from jax_impl.scoring import accelerator, default_dtype
-from jax_impl.training.language_step import LanguageInput, LanguageState, make_language_step, packed
+from jax_impl.training.language_step import (
+    LanguageInput,
+    LanguageState,
+    Resting,
+    make_language_step,
+    packed,
+)
 from jax_impl.training.optimizer import learning_rate, make_optimizer
 from jax_impl.training.parallel import Devices
 from jax_impl.training.state import StateFolder
@@ -52,11 +60,13 @@ class LanguageTrainer(LanguageLoop):
             self.model = build_language_model(self.model_config, dtype=dtype, seed=train.seed)
         else:
             self.model, _ = load_language_model(self.base, dtype=dtype, **recipe.rates)
-        graphdef, learned = nnx.split(self.model)
+        self.adapt(nnx.Rngs(train.seed))
+        graphdef, learned, resting = nnx.split(self.model, _learns(recipe), ...)  # type: ignore[misc]
         optimizer = make_optimizer(train, self.steps)
         key = jax.random.fold_in(jax.random.key(train.seed), 1)
         taught, self._stored = self._teach(dtype)
-        self._taught = None if taught is None else self.devices.replicate(nnx.state(taught))
+        said = None if taught is None else nnx.state(taught)
+        self._resting: Resting = self.devices.replicate(Resting(resting, said))
         self._step = make_language_step(
             recipe,
             graphdef,
@@ -74,8 +84,20 @@ class LanguageTrainer(LanguageLoop):
             average=jax.tree.map(jnp.copy, learned) if train.average else None,
         )
         self.state: LanguageState = self.devices.replicate(state)
-        self._scorer = ModelScorer(self.model)
-        self.say(f"{self.devices.count} {jax.devices()[0].device_kind} device(s), {dtype}")
+        self._scorer, self._engine = ModelScorer(self.model), ModelEngine(self.model)
+        learns = sum(x.size for x in jax.tree.leaves(learned))
+        kind = jax.devices()[0].device_kind
+        self.say(f"{learns:,} parameters learn; {self.devices.count} {kind} device(s), {dtype}")
+
+    def adapt(self, rngs: nnx.Rngs) -> None:
+        """Put adapters on the model, where the recipe asks for them. UserError for a target it has not."""
+        lora = self.recipe.lora
+        if not lora.rank:
+            return
+        try:
+            add_lora(self.model, lora.rank, lora.alpha, lora.targets, rngs=rngs)
+        except ValueError as error:
+            raise UserError(f"lora.targets: {error}") from None
 
     def _teach(self, dtype: Any) -> tuple[LanguageModel | None, StoredOutputs | None]:
         """The teacher that runs in every step, or what was stored of it; neither without one."""
@@ -86,7 +108,9 @@ class LanguageTrainer(LanguageLoop):
         if not settings.stored:
             return model, None
         if not isinstance(self.plan, PackedRows):
-            raise UserError("distillation.stored needs fixed rows, and Infinito reads streams: set it to 0")
+            raise UserError(
+                "distillation.stored needs rows that are packed: set it to 0 for Infinito and fine-tuning"
+            )
         k, temperature = min(settings.stored, self.model_config.vocab_size), settings.temperature
         graphdef, state = nnx.split(model)
 
@@ -124,7 +148,7 @@ class LanguageTrainer(LanguageLoop):
             stored = self._stored.rows(batch.row_index)
         arrays: Any = (batch.input_ids, batch.labels, batch.mask, batch.segments, batch.reset)
         placed = self.devices.place(LanguageInput(*(*arrays, stored)))
-        self.state, logged = self._step(self.state, placed, self._taught)
+        self.state, logged = self._step(self.state, placed, self._resting)
         return logged
 
     def _learning_rate(self, step: int) -> float:
@@ -134,6 +158,10 @@ class LanguageTrainer(LanguageLoop):
         self._scorer.set_state(self._weights())
         return self._scorer
 
+    def engine(self) -> ModelEngine:
+        self._engine.set_state(self._weights())
+        return self._engine
+
     def write(self, directory: Path, training: dict[str, Any], card: str) -> None:
         nnx.update(self.model, self._weights())
         save_language_model(
@@ -141,11 +169,17 @@ class LanguageTrainer(LanguageLoop):
             self.model,
             self.model_config,
             training=training,
-            tokenizer_save=self.tokenizer.save,
+            tokenizer_save=self.save_tokenizer,
             card=card,
-            extra={"eos_token_id": self.tokenizer.end, "bos_token_id": self.tokenizer.end},
+            extra=self.token_ids(),
         )
 
     def _weights(self) -> Any:
         state = self.state
-        return self.devices.local(state.learned if state.average is None else state.average)
+        learned = state.learned if state.average is None else state.average
+        return nnx.merge_state(self.devices.local(learned), self.devices.local(self._resting.base))
+
+
+def _learns(recipe: LanguageRecipe) -> Any:
+    """A filter of parameters by their path."""
+    return lambda path, _: recipe.lora.learns(path)

@@ -54,7 +54,14 @@ class LanguageState(NamedTuple):
 
 
 Terms = dict[str, Pair]
-LanguageStep = Callable[[LanguageState, LanguageInput, Any], tuple[LanguageState, dict[str, jax.Array]]]
+LanguageStep = Callable[[LanguageState, LanguageInput, "Resting"], tuple[LanguageState, dict[str, jax.Array]]]
+
+
+class Resting(NamedTuple):
+    """Parameters that do not learn: of a base below its adapters, and of a teacher; None without."""
+
+    base: Any = None
+    teacher: Any = None
 
 
 def make_language_step(
@@ -66,17 +73,22 @@ def make_language_step(
     steps: int,
     teacher: nnx.GraphDef[LanguageModel] | None = None,
 ) -> LanguageStep:
-    """A compiled step: (state, batch, the teacher's parameters) -> (state, every term, loss, gradient norm).
+    """A compiled step: (state, batch, what rests) -> (state, every term, loss, gradient norm).
 
     The old state is donated. Dropout and exploration depend on `key`, the step's number, the segment and the
-    row. `steps` of the run say how far it has come. Without an online `teacher` its parameters are None.
+    row. `steps` of the run say how far it has come.
     """
     train = recipe.train
 
     def loss(
-        learned: Any, memory: Any, batch: LanguageInput, taught: Any, key: jax.Array, weights: dict[str, Any]
+        learned: Any,
+        memory: Any,
+        batch: LanguageInput,
+        resting: Resting,
+        key: jax.Array,
+        weights: dict[str, Any],
     ) -> tuple[jax.Array, Any]:
-        model = nnx.merge(graphdef, learned)
+        model = nnx.merge(graphdef, learned, resting.base)
         terms: Terms = {}
         for k in range(train.unroll):
             memory = emptied(memory, batch.reset[:, k])
@@ -86,7 +98,7 @@ def make_language_step(
             memory = out.memory
             found = next_token_terms(out.logits, batch.labels[:, k], counted, train.label_smoothing)
             if teacher is not None:
-                said = jax.lax.stop_gradient(nnx.merge(teacher, taught)(ids, segments).logits)
+                said = jax.lax.stop_gradient(nnx.merge(teacher, resting.teacher)(ids, segments).logits)
                 found |= online_terms(recipe, out, said, counted)
             elif batch.stored.shape[-1]:
                 found |= stored_terms(recipe, out, unpacked(batch.stored), counted)
@@ -98,12 +110,12 @@ def make_language_step(
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def step(
-        state: LanguageState, batch: LanguageInput, taught: Any
+        state: LanguageState, batch: LanguageInput, resting: Resting
     ) -> tuple[LanguageState, dict[str, jax.Array]]:
         folded = jax.random.fold_in(key, state.step)
         weights = term_weights(recipe, state.step / steps)
         (value, (memory, means)), gradients = gradient(
-            state.learned, state.memory, batch, taught, folded, weights
+            state.learned, state.memory, batch, resting, folded, weights
         )
         updates, opt_state = optimizer.update(gradients, state.optimizer, state.learned)
         learned = optax.apply_updates(state.learned, updates)

@@ -6,7 +6,7 @@ Source: Hu et al. 2021, arXiv:2106.09685. Twin: jax_impl/models/lora.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -44,10 +44,10 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(encoder: nn.Module, rank: int, alpha: float, targets: Sequence[str], *, rngs: Rngs) -> list[str]:
-    """Replace the linear layers of `encoder` named in `targets` by adapters, in place; returns their paths.
+    """Replace the linear layers of `encoder`, or of another model, named in `targets` by adapters, in place.
 
-    Without targets all of them. A pooler is left alone: the portable head learns in full.
-    Raises ValueError, which names the layers there are, when a target names no linear layer.
+    Returns their paths. Without targets all of them. A pooler is left alone: the portable head learns in
+    full. Raises ValueError, which names the layers there are, when a target names no linear layer.
     """
     layers = [
         (path, module, name)
@@ -59,7 +59,7 @@ def add_lora(encoder: nn.Module, rank: int, alpha: float, targets: Sequence[str]
     missing = [target for target in targets if target not in there]
     if missing:
         known = ", ".join(there)
-        raise ValueError(f"LoRA targets {missing} name no linear layer of the encoder; it has: {known}")
+        raise ValueError(f"LoRA targets {missing} name no linear layer of the model; it has: {known}")
     chosen = [layer for layer in layers if not targets or layer[-1] in targets]
     for _, module, name in chosen:
         setattr(module, name, LoRALinear(module[name], rank, alpha, rngs=rngs))
@@ -69,3 +69,12 @@ def add_lora(encoder: nn.Module, rank: int, alpha: float, targets: Sequence[str]
 def trainable(path: tuple[str | int, ...], value: mx.array) -> bool:
     """Whether a parameter learns under LoRA: the adapters, the pooler and the heads; the encoder rests."""
     return path[-1] in ("lora_a", "lora_b") or not _ENCODER_PARTS & set(path)
+
+
+def freeze(model: nn.Module, learns: Callable[[tuple[str | int, ...], mx.array], bool]) -> None:
+    """Freeze every parameter that does not learn."""
+    for path, module in model.named_modules():
+        parts = path.split(".")
+        arrays = {name: value for name, value in module.items() if isinstance(value, mx.array)}
+        resting = [name for name, value in arrays.items() if not learns((*parts, name), value)]
+        module.freeze(recurse=False, keys=resting)

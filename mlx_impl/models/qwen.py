@@ -1,7 +1,7 @@
 """Qwen3, which mlx-lm computes: loaded strictly, adapted by LoRA, stacked, fused.
 
 Source: mlx-lm's models/qwen3.py and tuner/lora.py; Hu et al. 2021, arXiv:2106.09685. An adapter directory is
-mlx-lm's: adapters.safetensors and adapter_config.json. No twin yet: JAX has no Qwen3.
+mlx-lm's: adapters.safetensors and adapter_config.json. No twin: JAX has the shared decoder.
 """
 
 from __future__ import annotations
@@ -22,17 +22,13 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from common.checkpoint import CONFIG_FILE, check_keys, read_config, read_json, surviving
 from common.errors import UserError
-from common.expansion.config import LoraConfig
+from common.expansion.config import TINY_REMEDY, LoraConfig
 from common.hub import resolve_model
 
 ADAPTER_FILE = "adapters.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 GROUP_SIZE = 64  # weights that share a scale in a quantised base
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-_REMEDY = (
-    "Check the spelling and the network, give the path of a downloaded Qwen3 checkpoint directory, or run "
-    "the embedded default, which needs no download: --base tiny"
-)
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class LanguageModel:
 
 def resolve_base(name: str, say: Callable[[str], None] = print) -> Path:
     """The directory of a base; UserError names `--base tiny` where neither hub nor path has it."""
-    return resolve_model(name, say=say, remedy=_REMEDY)
+    return resolve_model(name, say=say, remedy=TINY_REMEDY)
 
 
 def load_base(origin: Origin) -> LanguageModel:

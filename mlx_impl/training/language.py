@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from common.backends import checkpoint_identity
 from common.data.language import LanguageBatch, PackedRows
@@ -21,11 +21,14 @@ from common.language.config import LanguageRecipe
 from common.language.prepare import PreparedLanguage
 from common.language.training import LanguageLoop
 from common.reranker.prepare import cache_root
+from mlx_impl.generation import ModelEngine
 from mlx_impl.language import build_language_model, load_language_model, save_language_model
 from mlx_impl.language_scoring import ModelScorer
 from mlx_impl.losses.language import store_teacher
 from mlx_impl.models.decoder import LanguageModel
 from mlx_impl.models.dropout import fold_in
+from mlx_impl.models.layers import Rngs
+from mlx_impl.models.lora import add_lora, freeze
 from mlx_impl.scoring import accelerator, default_dtype
 from mlx_impl.training.language_step import LanguageInput, LanguageState, make_language_step, packed
 from mlx_impl.training.optimizer import learning_rate, make_optimizer
@@ -46,6 +49,7 @@ class LanguageTrainer(LanguageLoop):
             self.model = build_language_model(self.model_config, dtype=dtype, seed=train.seed)
         else:
             self.model, _ = load_language_model(self.base, dtype=dtype, **recipe.rates)
+        self.adapt(Rngs(train.seed))
         memory = self.model.empty_memory(train.batch_size)
         self.state = LanguageState(
             self.model,
@@ -56,8 +60,21 @@ class LanguageTrainer(LanguageLoop):
         taught, self._stored = self._teach(dtype)
         key = fold_in(mx.random.key(train.seed), 1)
         self._step = make_language_step(recipe, self.state, key, self.steps, taught)
-        self._scorer = ModelScorer(self.model)
-        self.say(f"{mx.default_device()}, {dtype}")
+        self._scorer, self._engine = ModelScorer(self.model), ModelEngine(self.model)
+        flat: Any = tree_flatten(self.model.trainable_parameters())
+        learns = sum(value.size for _, value in flat)
+        self.say(f"{learns:,} parameters learn; {mx.default_device()}, {dtype}")
+
+    def adapt(self, rngs: Rngs) -> None:
+        """Put adapters on the model, where the recipe asks for them. UserError for a target it has not."""
+        lora = self.recipe.lora
+        if not lora.rank:
+            return
+        try:
+            add_lora(self.model, lora.rank, lora.alpha, lora.targets, rngs=rngs)
+        except ValueError as error:
+            raise UserError(f"lora.targets: {error}") from None
+        freeze(self.model, lambda path, _: lora.learns(path))
 
     def _teach(self, dtype: Any) -> tuple[LanguageModel | None, StoredOutputs | None]:
         """The teacher that runs in every step, or what was stored of it; neither without one."""
@@ -68,7 +85,9 @@ class LanguageTrainer(LanguageLoop):
         if not settings.stored:
             return model, None
         if not isinstance(self.plan, PackedRows):
-            raise UserError("distillation.stored needs fixed rows, and Infinito reads streams: set it to 0")
+            raise UserError(
+                "distillation.stored needs rows that are packed: set it to 0 for Infinito and fine-tuning"
+            )
         k, temperature = min(settings.stored, self.model_config.vocab_size), settings.temperature
 
         def outputs(ids: np.ndarray, segments: np.ndarray) -> np.ndarray:
@@ -111,6 +130,10 @@ class LanguageTrainer(LanguageLoop):
         self._scorer.set_state(self._weights())
         return self._scorer
 
+    def engine(self) -> ModelEngine:
+        self._engine.set_state(self._weights())
+        return self._engine
+
     def write(self, directory: Path, training: dict[str, Any], card: str) -> None:
         learned = tree_map(mx.array, self.model.trainable_parameters())
         self.model.update(self._weights())
@@ -120,9 +143,9 @@ class LanguageTrainer(LanguageLoop):
                 self.model,
                 self.model_config,
                 training=training,
-                tokenizer_save=self.tokenizer.save,
+                tokenizer_save=self.save_tokenizer,
                 card=card,
-                extra={"eos_token_id": self.tokenizer.end, "bos_token_id": self.tokenizer.end},
+                extra=self.token_ids(),
             )
         finally:
             self.model.update(learned)  # the average is not what learns

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from common.backends import checkpoint_identity
 from common.config import RerankerConfig, to_dict
@@ -22,7 +21,7 @@ from common.runs import environment
 from mlx_impl.loading import LoadedReranker, load_cross_encoder, save_cross_encoder
 from mlx_impl.models.dropout import fold_in
 from mlx_impl.models.layers import Rngs
-from mlx_impl.models.lora import add_lora, trainable
+from mlx_impl.models.lora import add_lora, freeze, trainable
 from mlx_impl.scoring import MlxEncoder, MlxOriginal, MlxScorer, accelerator, default_dtype
 from mlx_impl.training.distributed import World
 from mlx_impl.training.optimizer import learning_rate, make_optimizer
@@ -54,7 +53,7 @@ class Trainer(RerankerLoop):
         self._meet()
         self._planned(plan, f"{self.processes.count} x {mx.default_device()}, {self.dtype}")
         model = self.loaded.model
-        _freeze(model, _learns(config))
+        freeze(model, _learns(config))
         key = fold_in(mx.random.key(train.seed), 1)
         dropout = train.hidden_dropout > 0 or train.attention_dropout > 0
         self.state = TrainState(model, make_optimizer(train, self.steps))
@@ -156,12 +155,3 @@ def _learns(config: RerankerConfig) -> Callable[[tuple[str | int, ...], mx.array
         return trainable(path, value) if config.model.use_lora else True
 
     return learns
-
-
-def _freeze(model: nn.Module, learns: Callable[[tuple[str | int, ...], mx.array], bool]) -> None:
-    """Freeze every parameter that does not learn."""
-    for path, module in model.named_modules():
-        parts = path.split(".")
-        arrays = {name: value for name, value in module.items() if isinstance(value, mx.array)}
-        resting = [name for name, value in arrays.items() if not learns((*parts, name), value)]
-        module.freeze(recurse=False, keys=resting)

@@ -1,7 +1,7 @@
 """Supervised fine-tuning of a query expander: LoRA on golden rows, loss on the completion's tokens.
 
-Batches follow from the seed and the step alone. Source: tobi/qmd, finetune/train.py. No twin yet: JAX has no
-Qwen3.
+Batches follow from the seed and the step alone. Source: tobi/qmd, finetune/train.py. No twin: JAX trains the
+same as a fine-tuning of its decoder (common/expansion/sft.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from common.data.expansion import ExpansionData, ExpansionRow
+from common.data.language import PADDED_TO, batch_order
 from common.errors import UserError, listed
 from common.expansion.config import SftConfig
 from common.expansion.prompts import ExpansionPrompts
@@ -25,9 +26,6 @@ from common.metrics.expansion import score
 from mlx_impl.models.qwen import LanguageModel, head, hidden_states
 from mlx_impl.training.adapters import AdapterTrainer, Logged
 from mlx_impl.training.generation import generate, greedy
-
-PADDED_TO = 32  # lengths of batches are multiples, so that few shapes are compiled
-WINDOW = 50  # batches whose rows are sorted by length together
 
 
 class TokenBatch(NamedTuple):
@@ -171,23 +169,6 @@ class SftTrainer(AdapterTrainer):
                 f"the data has {len(self.rows)} training and {len(self.held_out)} validation rows; both "
                 "need one. Name a dataset.eval_split, or give more rows."
             )
-
-
-def batch_order(lengths: Sequence[int], size: int, seed: int, epoch: int, buckets: bool) -> list[list[int]]:
-    """The rows of each batch of an epoch: shuffled, and with `buckets` of like length within a batch.
-
-    Every row stands in one batch; the last may be smaller.
-    """
-    random = np.random.default_rng((seed, epoch))
-    order = random.permutation(len(lengths)).tolist()
-    if buckets:
-        window = WINDOW * size
-        parts = [order[first : first + window] for first in range(0, len(order), window)]
-        order = [row for part in parts for row in sorted(part, key=lambda i: lengths[i])]
-    batches = [order[first : first + size] for first in range(0, len(order), size)]
-    if buckets:
-        batches = [batches[i] for i in random.permutation(len(batches))]
-    return batches
 
 
 def pack_rows(lengths: Sequence[tuple[int, int]], limit: int, seed: int) -> list[list[int]]:

@@ -22,8 +22,9 @@ pytest.importorskip("mlx_lm", reason="needs MLX and mlx-lm: install the extra `m
 from common.data.expansion import load_expansions, render_lines
 from common.expansion.config import SftConfig
 from common.expansion.prompts import ExpansionPrompts, load_tokenizer
+from common.expansion.tiny_qwen import tiny_base
 from mlx_impl import convert
-from mlx_impl.expansion import ExpansionOptions, tiny_base, train_sft
+from mlx_impl.expansion import ExpansionOptions, train_sft
 from mlx_impl.export import gguf, runtime
 from mlx_impl.models.qwen import load_trained
 from mlx_impl.training.generation import generate, greedy

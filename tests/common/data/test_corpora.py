@@ -232,3 +232,11 @@ def test_the_documentation_here_is_a_corpus_whose_splits_share_no_docstring() ->
     assert len(train) > 10 * 200_000 and 100_000 < len(test) < len(train)
     paragraphs = {part for part in test.split("\n\n") if len(part) > 300}
     assert len(paragraphs & set(train.split("\n\n"))) < 0.02 * len(paragraphs)
+
+
+def test_few_rows_have_a_dev_and_a_test_row_all_the_same() -> None:
+    documents = [row_document({"instruction": f"Say {number}.", "output": "it"}) for number in range(12)]
+    splits = held_out(documents)
+    assert {name: len(items) > 0 for name, items in splits.items()} == dict.fromkeys(splits, True)
+    assert sorted(d.text for items in splits.values() for d in items) == sorted(d.text for d in documents)
+    assert len(held_out(documents[:5])["train"]) == 5

@@ -13,6 +13,7 @@ from common.data.language import (
     PackedRows,
     Streams,
     TokenDocuments,
+    WholeRows,
     evaluation_batches,
     read_tokens,
     write_tokens,
@@ -157,3 +158,50 @@ def test_evaluation_counts_every_token_once(stride: int, carry: bool) -> None:
             int(b.mask[r, 0].argmax()) for b in batches for r in range(2) if b.input_ids[r, 0, 0] != END
         ]
         assert all(count >= 8 - stride for count in contexts)
+
+
+def test_whole_rows_hold_every_document_once_an_epoch_and_cut_none() -> None:
+    split = documents([5, 40, 7, 31, 32, 6, 9])
+    plan = WholeRows(split, 64, 3, END, END, seed=3)
+    assert len(plan) == 3
+    for epoch in range(2):
+        batches = [plan.batch(epoch * 3 + step) for step in range(3)]
+        rows = [batch.row_index.tolist() for batch in batches]
+        assert sorted(row for part in rows for row in part) == [-1, -1, *range(7)]
+        for batch in batches:
+            assert batch.input_ids.shape[2] % 32 == 0
+            for place, row in enumerate(batch.row_index.tolist()):
+                inputs, labels = batch.input_ids[place, 0], batch.labels[place, 0]
+                ids = split.ids[split.document(row)].tolist() if row >= 0 else []
+                length = len(ids) + 1 if row >= 0 else 0
+                assert inputs[:length].tolist() == ([END, *ids] if ids else [])
+                assert labels[batch.mask[place, 0]].tolist() == ([*ids, END] if ids else [])
+                assert batch.segments[place, 0].tolist() == [1] * length + [0] * (len(inputs) - length)
+    first = [plan.batch(step).row_index.tolist() for step in range(3)]
+    assert first != [plan.batch(3 + step).row_index.tolist() for step in range(3)]
+
+
+def test_rows_of_several_forms_take_them_in_turn_over_the_epochs() -> None:
+    """Three rows; their second forms are documents 3 to 5. No token is put behind them."""
+    split = documents([4, 5, 6, 14, 15, 16])
+    plan = WholeRows(split, 32, 3, END, None, seed=0, forms=2)
+    for epoch in range(3):
+        batch = plan.batch(epoch)
+        for place, row in enumerate(batch.row_index.tolist()):
+            ids = split.ids[split.document(row + 3 * ((row + epoch) % 2))]
+            assert batch.labels[place, 0][batch.mask[place, 0]].tolist() == ids.tolist()
+
+
+def test_whole_rows_go_on_where_they_stopped_and_are_never_longer_than_the_context() -> None:
+    split = documents([5, 39, 7, 31])
+    plan = WholeRows(split, 40, 2, END, END, seed=1)
+    steps = plan.loader(4)
+    next(steps)
+    state, expected = steps.get_state(), [batch.input_ids for batch in steps]
+    again = WholeRows(split, 40, 2, END, END, seed=1).loader(4)
+    again.set_state(state)
+    found = [batch.input_ids for batch in again]
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert max(ids.shape[2] for ids in expected) == 40
+    with pytest.raises(UserError, match="has 4 rows, fewer than the 5 of one step"):
+        WholeRows(split, 40, 5, END, END, seed=1)

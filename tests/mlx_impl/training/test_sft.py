@@ -19,11 +19,12 @@ from mlx_lm.tuner import trainer as peer
 from mlx_lm.tuner.callbacks import TrainingCallback
 
 from common.data.expansion import load_expansions
+from common.data.language import batch_order
 from common.expansion.config import LoraConfig
 from common.expansion.prompts import ExpansionPrompts, load_tokenizer
 from mlx_impl.models.qwen import Origin, add_lora, load_base, without_adapter
 from mlx_impl.training.adapters import checkpointed, make_update
-from mlx_impl.training.sft import SftTrainer, TokenBatch, batch_order, make_gradient, pack_rows
+from mlx_impl.training.sft import SftTrainer, TokenBatch, make_gradient, pack_rows
 from tests.tiny_expansion import sft_config, write_expander, write_rows
 
 STEPS = 20
