@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from common.backends import backend_name
 from common.checkpoint import CONFIG_FILE, TRAINING_FILE, read_config, read_json, read_tensors
 from common.errors import UserError
 from common.language.architectures import language_config
@@ -73,9 +74,10 @@ def check_model(
 ) -> list[Item]:
     """All items, of a checkpoint directory and of the log of the run that it lies in, where there is one.
 
-    UserError for what is not a language model's.
+    UserError for what is not a language model's, and for a backend that is not here.
     """
     language_config(read_config(directory), directory / CONFIG_FILE)  # refuses other kinds of models
+    backend = backend_name(backend)  # refuses one that is not installed
     run = run_of(directory)
     items = log_items(run, limits) if run else [_without_log(directory)]
     items.append(perplexity_item(directory, run, limits))
@@ -84,11 +86,13 @@ def check_model(
     except UserError as error:
         return [*items, Item("checkpoint loads strictly", str(error), "no error", False)]
     items += [Item("checkpoint loads strictly", "loaded", "no error", True), finite_weights(directory)]
+    if items[-1].passed is False:
+        return items  # it can write nothing
     return items + generation_items(generator, limits, new_tokens=new_tokens, seed=seed)
 
 
 def run_of(directory: Path) -> LanguageRun | None:
-    """The run whose best/ or final/ a directory is. UserError of a run that was never evaluated."""
+    """The run whose best/ or final/ a directory is. UserError of a reranker's run."""
     if directory.name not in ("best", "final") or not (directory.parent / "metrics.jsonl").exists():
         return None
     return read_run(directory.parent)

@@ -283,8 +283,8 @@ def figures(run: LanguageRun, inspection: Mapping[str, Any] | None) -> dict[str,
             sureness,
             "Neither was logged: Indra with a projector and a teacher has them.",
         ),
-        "Use of the memory": _curves("Use of the memory on dev", used, no_memory),
         "Attention": attention_figure(inspection),
+        "Use of the memory": _curves("Use of the memory on dev", used, no_memory),
         "Memory map": memory_figure(inspection) if run.slots else no_memory,
     }
 

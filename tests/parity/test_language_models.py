@@ -108,6 +108,22 @@ def test_a_model_agrees_with_its_twin_over_three_segments(
     assert not [key for key, gradient in results[0][1].items() if not gradient.any()]
 
 
+@pytest.mark.parametrize("name", ["Indra, polar", "Infinito", "control LSTM"])
+def test_attention_is_returned_when_asked_and_by_no_other_call(twins: Twins, name: str, seed: int) -> None:
+    models = [build(backend, MODELS[name], seed) for backend in twins]
+    randomise(twins, models, seed)
+    ids = random_tokens(np.random.default_rng(seed), SIZES["vocab_size"])[0]
+    found = []
+    for backend, model in zip(twins, models, strict=True):
+        assert model(backend.array(ids)).attention == ()
+        found.append(backend.module("language_scoring").ModelScorer(model).attention(ids))
+    layers = 0 if name == "control LSTM" else SIZES["num_hidden_layers"]
+    assert len(found[0]) == len(found[1]) == layers
+    for one, other in zip(*found, strict=True):
+        assert one.shape == (3, 2, 11, 11) and np.allclose(one.sum(-1), 1, atol=1e-5)
+        check("attention weights of language models", "jax with mlx", one, other, MODEL_TOLERANCE)
+
+
 @every_model
 def test_a_later_segment_or_token_changes_no_earlier_logit(backend: Backend, name: str, seed: int) -> None:
     model = build(backend, MODELS[name], seed)
