@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -42,7 +42,7 @@ _PANELS: tuple[tuple[str, str, re.Pattern[str]], ...] = (
     ("Gradient norm", "train", re.compile(r"grad")),
 )
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#dc2626")
-_INK = "#64748b"  # reads on a light and on a dark page
+INK = "#64748b"  # reads on a light and on a dark page
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #0f172a; --soft: #64748b; --line: #e2e8f0; --page: #f8fafc;
@@ -83,11 +83,14 @@ def write_report(directory: str | Path) -> Path:
 
     Raises UserError when a file is broken or config.json is missing, OSError when the page cannot be written.
     """
-    from common.reranker.analysis_view import analysis_section  # which is drawn with this module's tables
+    # which are drawn with this module's tables and charts
+    from common.language.dashboard import DRAWN, dashboard_section, is_language_run, read_run
+    from common.reranker.analysis_view import analysis_section
 
     directory = Path(directory)
     run = read_json(directory / "config.json")
     metrics = read_metrics(directory)
+    language = bool(metrics) and is_language_run(run)
     results = directory / RESULTS_FILE
     tables: list[Table] = read_json(results)["tables"] if results.exists() else []
     environments = run["environments"]
@@ -97,8 +100,9 @@ def write_report(directory: str | Path) -> Path:
         _cards(metrics),
         *(table_html(table) for table in tables),
         *(analysis_section(read_json(file)) for file in sorted(directory.glob("analysis-*.json"))),
+        dashboard_section(read_run(directory)) if language else "",
         "<h2>Training</h2>",
-        f'<div class="panels">{"".join(_panels(metrics))}</div>'
+        f'<div class="panels">{"".join(_panels(metrics, DRAWN if language else ()))}</div>'
         if metrics
         else "<p>Nothing was logged yet.</p>",
         '<div class="panels settings">',
@@ -158,7 +162,7 @@ def line_chart(title: str, curves: Mapping[str, Sequence[tuple[float, float]]], 
     unzipped: dict[str, Curve] = {
         name: ([x for x, _ in curve], [y for _, y in curve]) for name, curve in curves.items()
     }
-    return _figure(title, unzipped, below)
+    return figure_html(chart(title, unzipped, below))
 
 
 def _lead(run: Mapping[str, Any]) -> str:
@@ -181,7 +185,7 @@ def _cards(metrics: Sequence[Metrics]) -> str:
     if not metrics:
         return ""
     cards = [(f"{metrics[-1]['step']:,}", "steps"), (clock(max(line["seconds"] for line in metrics)), "time")]
-    curves = [(name, curve) for name, curve in _series(metrics, "dev").items() if _RANKING.search(name)]
+    curves = [(name, curve) for name, curve in series(metrics, "dev").items() if _RANKING.search(name)]
     if curves:
         name, (steps, values) = curves[0]
         best = max(range(len(values)), key=values.__getitem__)
@@ -254,7 +258,7 @@ def _details(title: str, rows: str) -> str:
     )
 
 
-def _series(metrics: Sequence[Metrics], kind: str) -> dict[str, Series]:
+def series(metrics: Sequence[Metrics], kind: str) -> dict[str, Series]:
     """Every quantity logged under `kind` as its steps and values; nulls are gaps."""
     curves: dict[str, Series] = {}
     for line in metrics:
@@ -267,31 +271,49 @@ def _series(metrics: Sequence[Metrics], kind: str) -> dict[str, Series]:
     return curves
 
 
-def _panels(metrics: Sequence[Metrics]) -> list[str]:
-    """One figure a panel, in the table's order, then one for each quantity that no panel named."""
-    left = {(kind, name): c for kind in ("train", "dev") for name, c in _series(metrics, kind).items()}
+def _panels(metrics: Sequence[Metrics], drawn: Collection[str] = ()) -> list[str]:
+    """One figure a panel, in the table's order, then one for each quantity that no panel named; without those
+    that are `drawn` elsewhere, as "kind/name"."""
+    left = {
+        (kind, name): curve
+        for kind in ("train", "dev")
+        for name, curve in series(metrics, kind).items()
+        if f"{kind}/{name}" not in drawn
+    }
     figures = []
     for title, kind, pattern in _PANELS:
         taken = {name: left.pop((k, name)) for k, name in list(left) if k == kind and pattern.search(name)}
         if taken:
-            figures.append(_figure(title, taken))
+            figures.append(figure_html(chart(title, taken)))
     for (kind, name), curve in left.items():
-        figures.append(_figure(f"{name.replace('_', ' ')} ({kind})", {name: curve}))
+        figures.append(figure_html(chart(f"{name.replace('_', ' ')} ({kind})", {name: curve})))
     return figures
 
 
-def _figure(title: str, curves: Mapping[str, Curve], below: str = "step") -> str:
-    """A chart as inline SVG, with its numbers' text kept as text."""
-    import matplotlib as mpl
+def chart(title: str, curves: Mapping[str, Curve], below: str = "step") -> Any:
+    """A matplotlib figure of named curves, each its x and its y; `below` names the x axis."""
     from matplotlib.figure import Figure
 
-    with mpl.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "text.color": _INK}):
+    with figure_style():
         figure = Figure(figsize=(5.6, 3.1), layout="constrained")
         axes = figure.add_subplot()
         for colour, (name, (steps, values)) in zip(_COLOURS * len(curves), curves.items(), strict=False):
             _draw(axes, name, steps, values, colour)
         _dress(axes, title, below, legend=len(curves) > 1)
-        buffer = io.StringIO()
+    return figure
+
+
+def figure_style() -> Any:
+    """The context in which figures are made and drawn: their numbers' text is kept as text in SVG."""
+    import matplotlib as mpl
+
+    return mpl.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "text.color": INK})
+
+
+def figure_html(figure: Any) -> str:
+    """A matplotlib figure as a part of a page, inline SVG."""
+    buffer = io.StringIO()
+    with figure_style():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     return f"<figure>{svg[svg.index('<svg') :]}</figure>"
@@ -319,14 +341,14 @@ def _smoothed(values: Sequence[float], share: float = 0.05) -> list[float]:
 
 
 def _dress(axes: Any, title: str, below: str, *, legend: bool) -> None:
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=_INK)
-    axes.set_xlabel(below, color=_INK, fontsize=9)
-    axes.tick_params(colors=_INK, labelsize=9, length=0)
-    axes.grid(axis="y", color=_INK, alpha=0.2, linewidth=0.7)
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
+    axes.set_xlabel(below, color=INK, fontsize=9)
+    axes.tick_params(colors=INK, labelsize=9, length=0)
+    axes.grid(axis="y", color=INK, alpha=0.2, linewidth=0.7)
     axes.margins(x=0.02, y=0.12)
     axes.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
-        spine.set_color(_INK)
+        spine.set_color(INK)
     if legend:
-        axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK)

@@ -29,6 +29,9 @@ class ModelScorer:
         self._model = model
         self._graphdef, self._state = nnx.split(model)
         self._call = jax.jit(self._compute)
+        self._attend = jax.jit(
+            lambda state, ids: nnx.merge(self._graphdef, state)(ids, attention=True).attention
+        )
 
     @property
     def context(self) -> int:
@@ -53,6 +56,10 @@ class ModelScorer:
         nll, after, read = self._call(self._state, before, *parts)
         return TokenScores(np.asarray(nll), after, *_use(before, after, read))
 
+    def attention(self, input_ids: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Attention weights [B, H, S, S] of each layer over texts [B, S], after an empty memory."""
+        return tuple(np.asarray(weights) for weights in self._attend(self._state, input_ids))
+
     def _compute(
         self, state: Any, memory: Any, ids: Any, labels: Any, mask: Any, segments: Any
     ) -> tuple[jax.Array, Any, Any]:
@@ -64,12 +71,12 @@ class ModelScorer:
 
 def _use(
     before: Any, after: Any, read: Any
-) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-    """Read weights [B, N + 1], importance [B, N], replaced slots [B]; None three times without a memory."""
+) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+    """Read weights [B, N + 1], importance and age [B, N], replaced slots [B]; all None without a memory."""
     if read is None:
-        return None, None, None
+        return None, None, None, None
     changed = np.any(np.asarray(before.slots) != np.asarray(after.slots), axis=-1)  # [B, N]
-    return np.asarray(read), np.asarray(after.importance), changed.sum(-1)
+    return np.asarray(read), np.asarray(after.importance), np.asarray(after.age), changed.sum(-1)
 
 
 def load_segment_scorer(directory: Path) -> ModelScorer:

@@ -5,6 +5,8 @@ Twin: jax_impl/language_scoring.py.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +51,29 @@ class ModelScorer:
         before = emptied(memory, batch.reset[:, 0])
         names = ("input_ids", "labels", "mask", "segments")
         ids, labels, mask, segments = (mx.array(getattr(batch, name)[:, 0]) for name in names)
+        with self._given_state():
+            out = self._model(ids, segments, memory=before)
+            nll = mx.where(mask, token_nll(out.logits, labels), 0.0)
+            mx.eval(nll, [] if out.memory is None else list(out.memory), [] if out.read is None else out.read)
+        return TokenScores(np.asarray(nll), out.memory, *_use(before, out.memory, out.read))
+
+    def attention(self, input_ids: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Attention weights [B, H, S, S] of each layer over texts [B, S], after an empty memory."""
+        with self._given_state():
+            return tuple(
+                np.asarray(weights) for weights in self._model(mx.array(input_ids), attention=True).attention
+            )
+
+    @contextlib.contextmanager
+    def _given_state(self) -> Iterator[None]:
+        """The model with the parameters to score with; its own again afterwards."""
         learned = tree_map(mx.array, self._model.trainable_parameters())
         if self._state is not None:
             self._model.update(self._state)
         try:
-            out = self._model(ids, segments, memory=before)
-            nll = mx.where(mask, token_nll(out.logits, labels), 0.0)
-            mx.eval(nll, [] if out.memory is None else list(out.memory), [] if out.read is None else out.read)
+            yield
         finally:
             self._model.update(learned)
-        return TokenScores(np.asarray(nll), out.memory, *_use(before, out.memory, out.read))
 
 
 def load_segment_scorer(directory: Path) -> ModelScorer:
@@ -69,9 +84,9 @@ def load_segment_scorer(directory: Path) -> ModelScorer:
 
 def _use(
     before: Any, after: Any, read: Any
-) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-    """Read weights [B, N + 1], importance [B, N], replaced slots [B]; None three times without a memory."""
+) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+    """Read weights [B, N + 1], importance and age [B, N], replaced slots [B]; all None without a memory."""
     if read is None:
-        return None, None, None
+        return None, None, None, None
     changed = np.any(np.asarray(before.slots) != np.asarray(after.slots), axis=-1)  # [B, N]
-    return np.asarray(read), np.asarray(after.importance), changed.sum(-1)
+    return np.asarray(read), np.asarray(after.importance), np.asarray(after.age), changed.sum(-1)

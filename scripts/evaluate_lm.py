@@ -5,7 +5,7 @@ example: python scripts/evaluate_lm.py --model runs/infinito_small --data pydocs
 Perplexity by token, by word of the original text and in bits a byte, ± its standard error over documents.
 What is generated goes on from places of the split; BLEU compares it with how the author went on, and the
 human column is the author's own text with another place's as the reference. Writes evaluation_lm.json and
-.html into the run's folder, or --out.
+.html into the run's folder, whose report then shows them too, or to --out.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from common.language.samples import (
     split_prompts,
 )
 from common.language.workflow import perplexities, perplexity_table
-from common.report import Table, page, table_html, tables_text
+from common.report import Table, page, table_html, tables_text, write_report
 from common.runs import environment
 
 
@@ -84,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = checkpoint_name(directory)
     write_file(place / "evaluation_lm.html", page(name, "\n".join(map(table_html, tables))).encode())
     print(f"written: {place / 'evaluation_lm.json'}, {place / 'evaluation_lm.html'}")
+    if args.out is None and (place / "metrics.jsonl").exists():
+        print(f"report: {write_report(place)}")
 
 
 def check(args: Args) -> None:

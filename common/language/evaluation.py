@@ -20,6 +20,7 @@ class TokenScores(NamedTuple):
     memory: Any  # for the next segment, as the backend has it; None without
     read: np.ndarray | None  # float32 [B, N + 1], mean read weight of each slot, the null slot last
     importance: np.ndarray | None  # float32 [B, N], after the segment
+    age: np.ndarray | None  # float32 [B, N], segments since a slot was written, after the segment
     replaced: np.ndarray | None  # [B], slots that the segment overwrote
 
 
@@ -31,6 +32,9 @@ class SegmentScorer(Protocol):
     @property
     def carries(self) -> bool: ...
     def score(self, batch: LanguageBatch, memory: Any) -> TokenScores: ...
+    def attention(
+        self, input_ids: np.ndarray
+    ) -> tuple[np.ndarray, ...]: ...  # of texts [B, S], each layer's weights [B, H, S, S]; none of an LSTM
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from common.expansion.sft import PreparedExpansion, prepare_expansion
 from common.hub import resolve_model
 from common.language.config import LanguageRecipe
 from common.language.evaluation import LanguageResult, SegmentScorer, evaluate_perplexity
+from common.language.inspection import INSPECTION_FILE, inspect_model, longest_document
 from common.language.prepare import PreparedLanguage, prepare_language, with_base
 from common.report import Table, write_report
 from common.runs import RESULTS_FILE, RunFolder, environment, environment_line, finished_results
@@ -77,7 +78,10 @@ def train_language(
             if summary["best_step"] is not None
             else "dev was never measured"
         )
-        tables = evaluate_best(recipe, options, prepared, folder, summary)
+        scorer = language_module(options.backend, "language_scoring").load_segment_scorer(folder.best)
+        ids = longest_document(prepared.split("dev", recipe.data.max_dev_documents))
+        folder.write_json(INSPECTION_FILE, inspect_model(scorer, prepared.tokenizer, ids))
+        tables = evaluate_best(recipe, options, prepared, folder, summary, scorer)
         write_report(folder.path)
     return TrainedLanguageRun(folder.path, tables, False)
 
@@ -109,8 +113,9 @@ def evaluate_best(
     prepared: PreparedLanguage,
     folder: RunFolder,
     summary: dict[str, Any],
+    scorer: SegmentScorer,
 ) -> list[Table]:
-    """The test split's table of the best checkpoint, written to results.json; none without the test.
+    """The test split's table of `scorer`, the best checkpoint, written to results.json; none without the test.
 
     An expansion's rows have no test split: the scores on dev, which chose the checkpoint.
     """
@@ -121,9 +126,6 @@ def evaluate_best(
         tables = prepared.score_tables(f"{recipe.name}/best", engine) if recipe.scored else []
         folder.write_json(RESULTS_FILE, {"tables": tables, "training": summary})
         return tables
-    scorer: SegmentScorer = language_module(options.backend, "language_scoring").load_segment_scorer(
-        folder.best
-    )
     results = perplexities(scorer, prepared, "test", recipe.evaluation.batch_size, recipe.evaluation.stride)
     tables = [perplexity_table(f"{recipe.name}/best", prepared, "test", results)]
     found = {"tables": tables, "test": [result.json() for result in results], "training": summary}

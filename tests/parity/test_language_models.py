@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from common.language.architectures import IndraConfig, InfinitoConfig, LanguageModelConfig, parameter_count
+from common.language.inspection import inspect_model
 from tests.languages import random_tokens, randomise
 from tests.parity.backends import MODEL_TOLERANCE, Backend, check
 from tests.parity.test_models import Twins, compare, dropout_keys
@@ -106,6 +107,53 @@ def test_a_model_agrees_with_its_twin_over_three_segments(
     compare(name, "jax with mlx", *results)
     assert sum(x.size for x in results[0][1].values()) == parameter_count(config)
     assert not [key for key, gradient in results[0][1].items() if not gradient.any()]
+
+
+@pytest.mark.parametrize("name", ["Indra, polar", "Infinito", "control LSTM"])
+def test_attention_is_returned_when_asked_and_by_no_other_call(twins: Twins, name: str, seed: int) -> None:
+    models = [build(backend, MODELS[name], seed) for backend in twins]
+    randomise(twins, models, seed)
+    ids = random_tokens(np.random.default_rng(seed), SIZES["vocab_size"])[0]
+    found = []
+    for backend, model in zip(twins, models, strict=True):
+        assert model(backend.array(ids)).attention == ()
+        found.append(backend.module("language_scoring").ModelScorer(model).attention(ids))
+    layers = 0 if name == "control LSTM" else SIZES["num_hidden_layers"]
+    assert len(found[0]) == len(found[1]) == layers
+    for one, other in zip(*found, strict=True):
+        assert one.shape == (3, 2, 11, 11) and np.allclose(one.sum(-1), 1, atol=1e-5)
+        check("attention weights of language models", "jax with mlx", one, other, MODEL_TOLERANCE)
+
+
+def test_a_look_into_a_model_follows_its_memory_through_a_text(backend: Backend, seed: int) -> None:
+    class Numbers:
+        """A tokenizer of which only the way back is asked."""
+
+        end = 0
+
+        def decode(self, ids: list[int], *, special: bool) -> str:
+            return str(ids[0])
+
+    model = build(backend, MEMORY, seed)
+    randomise([backend], [model], seed)
+    ids = 1 + np.arange(30, dtype=np.int32) % 18  # no segment begins as another: their states would be equal
+    scorer: Any = backend.module("language_scoring").ModelScorer(model)
+    found = inspect_model(scorer, Numbers(), ids)  # type: ignore[arg-type]
+    assert found["attention"]["tokens"] == ["0", *map(str, range(1, 11))]
+    memory = {name: np.asarray(values) for name, values in found["memory"].items()}
+    assert {name: values.shape for name, values in memory.items()} == {
+        "importance": (9, 3),
+        "age": (9, 3),
+        "read": (10, 3),
+        "replaced": (3,),
+    }
+    assert np.allclose(memory["read"].sum(0), 1, atol=2e-3) and memory["read"][-1, 0] == 1.0  # empty at first
+    assert memory["replaced"].tolist() == [4, 4, 4] and (memory["importance"] > 0).sum(0).tolist() == [
+        4,
+        8,
+        9,
+    ]
+    assert memory["age"].max(0).tolist() == [0, 1, 2]
 
 
 @every_model
