@@ -62,7 +62,7 @@ class Args:
     seed: int = 0
     allow_unknown: bool = False
     """Lets the model write `<unk>`, which is banned otherwise."""
-    backend: Literal["auto", "jax", "mlx"] = "auto"
+    backend: Literal["auto", "jax", "mlx", "onnx"] = "auto"
     out: Path | None = None
     """The folder to write into; the run's own when absent."""
 
@@ -139,7 +139,7 @@ class Limited(PreparedLanguage):
 def measure(args: Args, directory: Path, prepared: PreparedLanguage) -> tuple[list[Table], dict[str, Any]]:
     """Tables, and all numbers as JSON values."""
     name = checkpoint_name(directory)
-    scorer = language_module(args.backend, "language_scoring").load_segment_scorer(directory)
+    scorer = language_module(args.backend, "language_scoring", directory).load_segment_scorer(directory)
     if args.stride is not None and args.stride > scorer.context:
         raise UserError(f"--stride is {args.stride}; allowed: 1 to the context, {scorer.context}")
     results = perplexities(scorer, prepared, args.split, args.batch_size, args.stride)

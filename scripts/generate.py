@@ -54,7 +54,7 @@ class Args:
     """Shows the text as it is written, of a single prompt."""
     json: bool = False
     """One JSON object a line: prompt, text, tokens, finish, explored."""
-    backend: Literal["auto", "jax", "mlx"] = "auto"
+    backend: Literal["auto", "jax", "mlx", "onnx"] = "auto"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
