@@ -19,12 +19,11 @@ from typing import Any, Literal
 import tyro
 
 from common.backends import checkpoint_identity, checkpoint_name, language_module
-from common.checkpoint import read_json, to_json, write_file
+from common.checkpoint import to_json, write_file
 from common.errors import UserError, run_command
 from common.hub import resolve_model
-from common.language.config import InfinitoRecipe, LanguageDataConfig, LanguageRecipe
 from common.language.generation import SamplingConfig
-from common.language.prepare import PreparedLanguage, prepare_language
+from common.language.prepare import PreparedLanguage, evaluation_recipe, prepare_language
 from common.language.samples import (
     human_metrics,
     load_generator,
@@ -72,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = tyro.cli(Args, args=words, description=__doc__)
     check(args)
     directory = resolve_model(args.model)
-    prepared = prepare_language(corpus_recipe(args, directory))
+    prepared = prepare_language(evaluation_recipe(directory, args.data, args.form))
     if args.max_documents is not None:
         prepared = Limited(**vars(prepared), limit=args.max_documents)
     tables, found = measure(args, directory, prepared)
@@ -107,23 +106,6 @@ def check(args: Args) -> None:
         f"{name} is {value}; allowed: {allowed}" for name, value, good, allowed in checks if not good
     ]:
         raise UserError("; ".join(wrong))
-
-
-def corpus_recipe(args: Args, directory: Path) -> LanguageRecipe:
-    """The corpus, with the model's tokenizer, counted as in its training."""
-    file = directory / "training.json"
-    trained: dict[str, Any] = read_json(file)["config"]["data"] if file.exists() else {}
-    usual = LanguageDataConfig()
-    name = args.data or trained.get("name")
-    if name is None:
-        raise UserError(f"--data is missing: {directory} does not say what it was trained on")
-    data = LanguageDataConfig(
-        name=name,
-        form=args.form or trained.get("form", usual.form),
-        mask_unknown=trained.get("mask_unknown", usual.mask_unknown),
-        mask_prompt=trained.get("mask_prompt", usual.mask_prompt),
-    )
-    return InfinitoRecipe(base=str(directory), data=data)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Language models that were exported, read step by step by onnxruntime: the Engine of common.language.generation.
+"""The Engine of common.language.generation for an exported language model: onnxruntime, step by step.
 
 Written by jax_impl/export/onnx_language.py. Nothing of JAX or MLX is needed here, nor a checkpoint.
 """
@@ -19,17 +19,17 @@ from common.export.onnx_scoring import available_cores, open_session
 from common.language.architectures import DecoderConfig, InfinitoConfig, LanguageModelConfig, language_config
 
 KIND = "language-model"
+CONTRACT = """`attention_mask` is 1 at tokens, those of the past included, and 0 at padding, which may stand
+anywhere; `position_ids` count the tokens of a text or segment from 0. `num_logits_to_keep` says of how many
+last columns logits are wanted, 0 for all. `new_segment` (of a model with a memory) is 1 where a segment
+begins: what the row's past holds is then written to its memory, and no longer seen. The past begins with
+zeros, of no columns."""
 Shape = tuple[int | str, ...]
 SPARE = 64  # columns of a cache that no row needs any more, before they are taken out
 
 
 def model_inputs(config: LanguageModelConfig) -> dict[str, Shape]:
-    """The inputs of a model's graph but its past, int64: name -> shape.
-
-    attention_mask is 1 at tokens, those of the past included, and 0 at padding, which may stand anywhere.
-    num_logits_to_keep says of how many last columns logits are wanted, 0 for all. new_segment (with a memory)
-    is 1 where a segment begins: what the row's past holds is written to its memory, and no longer seen.
-    """
+    """The inputs of a model's graph but its past, int64, as CONTRACT says: name -> shape."""
     found: dict[str, Shape] = {
         "input_ids": ("rows", "tokens"),
         "attention_mask": ("rows", "past + tokens"),
@@ -40,8 +40,7 @@ def model_inputs(config: LanguageModelConfig) -> dict[str, Shape]:
 
 
 def past_inputs(config: LanguageModelConfig) -> dict[str, Shape]:
-    """What a graph takes as `past` and gives back as `present`, float32: name -> shape. Zeros at the start, of
-    no columns where a shape says `past`."""
+    """What a graph takes as `past` and gives back as `present`, float32: name -> shape."""
     blocks = config if isinstance(config, DecoderConfig) else config.blocks()
     cached: Shape = ("rows", blocks.key_value_heads, "past", blocks.head_width)
     layers = range(blocks.num_hidden_layers)
@@ -81,7 +80,7 @@ class Reading:
 
 
 class OnnxLanguageModel:
-    """The graph of an exported directory. UserError for a file that is corrupt, and for one of another model."""
+    """The graph of an exported directory. UserError for a corrupt file, and for one of another model."""
 
     def __init__(self, directory: Path) -> None:
         self._session, settings = open_session(directory, KIND, available_cores())
@@ -96,7 +95,9 @@ class OnnxLanguageModel:
 
         sizes = {"rows": rows, "past": 0}
         past = {
-            name: OrtValue.ortvalue_from_numpy(np.zeros([sizes.get(str(n), n) for n in shape], np.float32))
+            name: OrtValue.ortvalue_from_numpy(
+                np.zeros([sizes[n] if isinstance(n, str) else n for n in shape], np.float32)
+            )
             for name, shape in self.names.items()
         }
         nothing = np.zeros((rows, 0), np.int64)
@@ -105,7 +106,7 @@ class OnnxLanguageModel:
     def read(
         self, state: Reading, ids: NDArray[np.int64], real: NDArray[np.bool_], keep: int
     ) -> tuple[Reading, NDArray[np.float32]]:
-        """(state, logits [N, keep or S, V]) after ids [N, S], whose tokens are `real` and the others padding."""
+        """(state, logits [N, keep or S, V]) after ids [N, S], of which `real` ones are no padding."""
         from onnxruntime import OrtValue
 
         fresh = state.fresh[:, None]
@@ -217,7 +218,9 @@ def _alike(expected: Shape | None, found: Sequence[Any] | None) -> bool:
     """Whether two shapes have the same fixed sizes at the same places."""
     if expected is None or found is None or len(expected) != len(found):
         return False
-    return all(a == b or (isinstance(a, str) and isinstance(b, str)) for a, b in zip(expected, found, strict=True))
+    return all(
+        a == b or (isinstance(a, str) and isinstance(b, str)) for a, b in zip(expected, found, strict=True)
+    )
 
 
 def _said(shape: Sequence[Any] | None) -> str:

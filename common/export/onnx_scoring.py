@@ -52,7 +52,8 @@ def open_session(directory: Path, kind: str, threads: int) -> tuple[Any, dict[st
     found = (config.get("onnx") or {}).get("kind", "foreign model")
     if found != kind:
         raise UserError(
-            f"{directory}: holds a {found}, a {kind} is needed. Export one with scripts/export.py --kind {kind}."
+            f"{directory}: holds a {found}, a {kind} is needed. Export one with scripts/export.py --kind "
+            f"{kind}."
         )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

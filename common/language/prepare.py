@@ -7,14 +7,17 @@ import json
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 from common.cache import cache_key, read_cache, write_cache
+from common.checkpoint import TRAINING_FILE, read_json
 from common.data.corpora import Corpus, Document, load_corpus
 from common.data.language import PackedRows, Plan, Streams, TokenDocuments, read_tokens, write_tokens
 from common.data.pydocs import PACKAGES
-from common.language.config import InfinitoRecipe, LanguageRecipe
+from common.errors import UserError
+from common.language.config import InfinitoRecipe, LanguageDataConfig, LanguageRecipe
 from common.language.text import LanguageTokenizer, corpus_tokenizer, load_tokenizer
 from common.reranker.prepare import cache_root
 from common.runs import package_versions
@@ -43,6 +46,26 @@ class PreparedLanguage:
             documents.words[:limit],
             documents.bytes[:limit],
         )
+
+
+def evaluation_recipe(
+    directory: Path, name: str | None = None, form: Literal["literal", "detokenised"] | None = None
+) -> LanguageRecipe:
+    """A corpus, when absent the one that the model of a directory was trained on, with its tokenizer, counted
+    as in its training. UserError where neither is known."""
+    file = directory / TRAINING_FILE
+    trained: dict[str, Any] = read_json(file)["config"]["data"] if file.exists() else {}
+    usual = LanguageDataConfig()
+    name = name or trained.get("name")
+    if name is None:
+        raise UserError(f"--data is missing: {directory} does not say what it was trained on")
+    data = LanguageDataConfig(
+        name=name,
+        form=form or trained.get("form", usual.form),
+        mask_unknown=trained.get("mask_unknown", usual.mask_unknown),
+        mask_prompt=trained.get("mask_prompt", usual.mask_prompt),
+    )
+    return InfinitoRecipe(base=str(directory), data=data)
 
 
 def recipe_corpus(recipe: LanguageRecipe) -> Corpus:

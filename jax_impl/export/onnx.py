@@ -104,9 +104,7 @@ class Graph:
         self._inputs: list[tuple[str, str, Sequence[int | str]]] = []
         self._made = 0
 
-    def input(
-        self, name: str, shape: Sequence[int | str] = ("rows", "tokens"), kind: str = "INT64"
-    ) -> str:
+    def input(self, name: str, shape: Sequence[int | str] = ("rows", "tokens"), kind: str = "INT64") -> str:
         """Of a shape with names for dynamic sizes; `kind` is INT64 or FLOAT."""
         self._inputs.append((name, kind, shape))
         return name
@@ -138,8 +136,8 @@ class Graph:
     def choice(
         self, condition: str, yes: Callable[[], Sequence[str]], no: Callable[[], Sequence[str]]
     ) -> list[str]:
-        """What `yes` makes where the scalar `condition` is true, else what `no` makes, which is as much of the
-        same float32 shapes; only one of the two is computed."""
+        """What `yes` makes where the scalar `condition` is true, else what `no` makes: as many float32
+        arrays. Only one of the two is computed."""
         branches = {"then_branch": self._branch(yes), "else_branch": self._branch(no)}
         return self.nodes("If", [condition], len(branches["then_branch"].output), **branches)
 
@@ -196,7 +194,7 @@ class Graph:
         size = sum(value.nbytes for value in self._weights.values())
         if size > LARGEST:
             raise UserError(
-                f"the weights in {self.precision} have {size / 2**30:.1f} GiB, and a file of ONNX holds 2 GiB: "
+                f"the weights in {self.precision} have {size / 2**30:.1f} GiB, and a file of ONNX holds 2: "
                 "choose a smaller --precision, fp16 or int8"
             )
         for name, (made, _) in outputs.items():
@@ -401,7 +399,7 @@ def _states(graph: Graph, tensors: Arrays, settings: Mapping[str, Any], means: s
 
 
 def amplitudes(graph: Graph, tensors: Arrays, at: str, kind: str, hidden: str) -> tuple[str, str]:
-    """A projector's (re, im) of hidden [..., D], each [..., C] and not normalised; jax_impl.models.projector."""
+    """A projector's (re, im) of hidden [..., D], each [..., C], not normalised; jax_impl/models/projector."""
 
     def layer(name: str) -> str:
         bias = tensors.get(f"{at}{name}.bias")

@@ -1,8 +1,8 @@
-"""Language models as ONNX: a decoder (Llama, Qwen3), Indra, Infinito with its memory, a past in and a present out.
+"""Language models as ONNX: decoder (Llama, Qwen3), Indra, Infinito with its memory; past in, present out.
 
 One graph reads a prompt and goes on token by token: rows, tokens and past are dynamic. Inputs and outputs are
-named as common/export/onnx_generation.py says, those of the cache as Hugging Face's exports name them. There is
-no twin: MLX checkpoints are the same files.
+named as common/export/onnx_generation.py says, those of the cache as Hugging Face's exports name them. There
+is no twin: MLX checkpoints are the same files.
 
 Letters: N rows, S tokens of a call, P of the past, T = P + S, D width, H heads, G heads of keys and values, R
 heads that share one, K head width, M slots, V vocabulary.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,9 +39,9 @@ END = np.iinfo(np.int64).max
 def export_language_model(directory: Path, precision: Precision, *, reduce_range: bool = False) -> Exported:
     """The language model in a directory, as `common.export.verification.write_export` writes it.
 
-    Its inputs are `model_inputs` and `past_inputs` of common.export.onnx_generation; its outputs logits [N, kept,
-    V] and the presents. Raises UserError for an LSTM, for weights that do not fit config.json, and for more than
-    a file of ONNX holds.
+    Its inputs are `model_inputs` and `past_inputs` of common.export.onnx_generation; its outputs logits [N,
+    kept, V] and the presents. Raises UserError for an LSTM, for weights that do not fit config.json, and for
+    more than a file of ONNX holds.
     """
     directory = surviving(directory)
     source = read_config(directory)
@@ -95,15 +95,21 @@ def _outputs(
         if memory and isinstance(config, InfinitoConfig) and number == config.reads_at:
             x, states = _recalled(graph, tensors, config, memory, x)
             present["past_states"] = graph.node("Concat", [past["past_states"], states], axis=1)
-        own = {key.removeprefix(at): a for key, a in tensors.items() if key.startswith(at := f"{root}layers.{number}.")}
+        own = {
+            key.removeprefix(at): a
+            for key, a in tensors.items()
+            if key.startswith(at := f"{root}layers.{number}.")
+        }
         names = [f"past_key_values.{number}.{part}" for part in ("key", "value")]
         x, *after = _layer(graph, own, blocks, number, x, around, [past[name] for name in names])
         present |= dict(zip(names, after, strict=True))
     x = _normalised(graph, blocks, "norm", tensors[f"{root}norm.weight"], _last(graph, x))  # [N, kept, D]
     if isinstance(config, IndraConfig) and config.projector != "none":
         x = _projected(graph, tensors, config, "state_projector", "recombine", x)
-    head = graph.product(x, "embed_tokens" if tied else "lm_head", table if tied else tensors["lm_head.weight"])
-    made = {"logits": (head, ["rows", "kept", config.vocab_size])}
+    head = graph.product(
+        x, "embed_tokens" if tied else "lm_head", table if tied else tensors["lm_head.weight"]
+    )
+    made: dict[str, tuple[str, list[int | str]]] = {"logits": (head, ["rows", "kept", config.vocab_size])}
     return made | {present_name(n): ((memory | present)[n], _grown(shapes[n])) for n in shapes}
 
 
@@ -157,7 +163,7 @@ def _last(graph: Graph, x: str) -> str:
 
 
 def _normalised(graph: Graph, blocks: DecoderConfig, key: str, weight: np.ndarray, x: str) -> str:
-    """x / sqrt(mean x^2 + eps) * weight over the last axis: nodes that onnxruntime fuses when it loads them."""
+    """x / sqrt(mean x^2 + eps) * weight over the last axis, as nodes that onnxruntime fuses."""
     square = graph.node("Pow", [x, graph.constant(2.0)])
     mean = graph.node("ReduceMean", [square, graph.axes(-1)])
     unit = graph.node("Div", [x, graph.root(mean, blocks.rms_norm_eps)])
