@@ -119,7 +119,10 @@ class Args:
 
     def fitting(self, directory: Path) -> Args:
         """Self with the kind of the model in a directory. UserError for flags of another kind."""
-        known = read_config(directory).get("model_type") in LANGUAGE_MODELS
+        config = read_config(directory)
+        if "onnx" in config:
+            raise UserError(f"{directory}: an export, which is not exported again: name its source")
+        known = config.get("model_type") in LANGUAGE_MODELS
         kind = self.kind or ("language-model" if known else "cross-encoder")
         own = LANGUAGE_FLAGS if kind == "language-model" else RANKING_FLAGS
         usual = {field.name: field.default for field in dataclasses.fields(self)}
