@@ -39,7 +39,7 @@ from common.runs import environment
 @dataclasses.dataclass(frozen=True)
 class Args:
     model: str
-    """A checkpoint directory, or a run's folder."""
+    """A checkpoint directory, a run's folder, or an ONNX export with --data."""
     data: str | None = None
     """A corpus, as train.py's --data; the one the model was trained on when absent."""
     form: Literal["literal", "detokenised"] | None = None

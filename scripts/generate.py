@@ -27,7 +27,7 @@ from common.language.samples import DEMO_PROMPTS, LanguageGenerator, load_genera
 @dataclasses.dataclass(frozen=True)
 class Args:
     model: str
-    """A checkpoint directory, a run's folder, or the name of a Llama or Qwen3 model."""
+    """A checkpoint directory, a run's folder, an ONNX export, or the name of a Llama or Qwen3 model."""
     prompt: tuple[str, ...] = ()
     """One or several."""
     file: Path | None = None

@@ -35,6 +35,11 @@ class Numbers:
         return " ".join(map(str, ids))
 
 
+def marked(kind: str, *fast: str) -> Any:
+    """A kind of MODELS as a parameter, slow unless it is named."""
+    return kind if kind in fast else pytest.param(kind, marks=pytest.mark.slow)
+
+
 def random_prompts(rng: np.random.Generator, vocabulary: int, segmented: bool) -> list[list[int]]:
     """Of several lengths; those of a segmented model over several segments, and just up to a border."""
     lengths = (5, CONTEXT, CONTEXT + 1, 1, 3 * CONTEXT + 2) if segmented else (5, 15, 1, 9)
@@ -55,7 +60,7 @@ def watched(engine: Any) -> tuple[Any, list[np.ndarray]]:
     return engine, seen
 
 
-@pytest.mark.parametrize("kind", list(MODELS))
+@pytest.mark.parametrize("kind", [marked(kind, "qwen3", "indra", "infinito") for kind in MODELS])
 def test_greedy_tokens_and_logits_are_those_of_jax(tmp_path: Path, seed: int, kind: str) -> None:
     source = checkpoint(tmp_path / "source", MODELS[kind], seed)
     theirs, expected = watched(generation.load_engine(source))
@@ -118,7 +123,7 @@ def documents(seed: int, vocabulary: int, lengths: Sequence[int] = (30, 5, 61, 1
     return TokenDocuments(ids, rng.random(starts[-1]) < 0.9, starts, sizes, 4 * sizes)
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "infinito", "transformer"])
+@pytest.mark.parametrize("kind", [marked(kind, "infinito") for kind in ("qwen3", "infinito", "transformer")])
 def test_perplexity_is_that_of_jax(tmp_path: Path, seed: int, kind: str) -> None:
     source = checkpoint(tmp_path / "source", MODELS[kind], seed)
     theirs = language_scoring.load_segment_scorer(source)
@@ -135,7 +140,9 @@ def test_perplexity_is_that_of_jax(tmp_path: Path, seed: int, kind: str) -> None
     assert len(found) == 1 or found[False] != found[True]
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "indra", "infinito"])
+@pytest.mark.parametrize(
+    "kind", [marked(kind, "infinito") for kind in ("llama", "qwen3", "indra", "infinito")]
+)
 def test_smaller_precisions_stay_near_and_are_smaller(tmp_path: Path, seed: int, kind: str) -> None:
     source = checkpoint(tmp_path / "source", MODELS[kind], seed)
     ids = np.random.default_rng(seed).integers(0, 250, (4, CONTEXT)).astype(np.int32)
