@@ -153,13 +153,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     first = export(args.precision[0])  # what cannot be exported is refused before anything is measured
     if args.kind == "language-model":
         source = language_source(args, directory, say)
-        texts = written(args, first, export, lambda folder, name: verify_language(source, folder, name))
+        texts = written(args, first, export, functools.partial(verify_language, source))
         print(tables_text([language_export_table(texts)]), end="")
         return
     data, stage, qrels = real_pairs(args)
     measured_source = measure(loaded(args, directory), directory, data, stage, qrels)
 
-    def verify(folder: Path, precision: Precision) -> Verification:
+    def verify(precision: Precision, folder: Path) -> Verification:
         return compare(measured_source, measured(args, folder, data, stage, qrels))
 
     found = written(args, first, export, verify)
@@ -170,7 +170,7 @@ def written(
     args: Args,
     first: Exported,
     export: Callable[[Precision], Exported],
-    verify: Callable[[Path, Precision], Found],
+    verify: Callable[[Precision, Path], Found],
 ) -> dict[Precision, Found]:
     """Every precision in its folder, verified; `first` is the export in the first one."""
     usual = MAX_PERPLEXITY_LOSS if args.kind == "language-model" else MAX_LOSS
@@ -179,7 +179,7 @@ def written(
     for precision in dict.fromkeys(args.precision):
         exported = first if precision == args.precision[0] else export(precision)
         place = args.out / precision
-        verified = functools.partial(verify, precision=precision)
+        verified = functools.partial(verify, precision)
         found[precision] = write_export(place, exported, verified, limit, args.force)
         print(f"written: {place}", file=sys.stderr)
     return found

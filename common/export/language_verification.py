@@ -69,6 +69,7 @@ class LanguageVerification:
     loss: float
 
     def refused(self, max_loss: float) -> str | None:
+        """Why an export is not written whose perplexity may grow by `max_loss`; None where it is."""
         if self.loss > max_loss:
             mode = max(self.source.perplexity, key=lambda mode: self._loss(mode))
             return (
@@ -191,7 +192,7 @@ def measure_language(
     return LanguageMeasured(weights_size(directory) / 1e6, perplexities)
 
 
-def verify_language(source: LanguageSource, folder: Path, precision: Precision) -> LanguageVerification:
+def verify_language(source: LanguageSource, precision: Precision, folder: Path) -> LanguageVerification:
     """An export in a folder beside its source. UserError for a file that cannot be read."""
     engine = load_engine(folder)
     vocabulary = source.engine.vocab_size

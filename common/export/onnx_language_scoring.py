@@ -36,8 +36,10 @@ class OnnxSegmentScorer:
         ids, labels, mask, segments = (
             part[:, 0] for part in (batch.input_ids, batch.labels, batch.mask, batch.segments)
         )
-        if segments.max(initial=0) > 1:
-            raise ValueError("an exported model scores rows of one text")
+        if ((segments > 0) & (segments != segments.max(axis=1, keepdims=True))).any():
+            raise ValueError(
+                "an exported model scores rows of one text, and here the token that ends a text stands within one"
+            )
         before = self._model.start(len(ids)) if memory is None else emptied(memory, batch.reset[:, 0])
         before = dataclasses.replace(before, fresh=np.ones(len(ids), bool))
         after, logits = self._model.read(before, ids.astype(np.int64), segments > 0, keep=0)

@@ -55,8 +55,6 @@ class Exported:
 class Verified(Protocol):
     """What a verification says of an export."""
 
-    @property
-    def loss(self) -> float: ...  # part of the source's quality that is lost, below 0 where it is gained
     def refused(self, max_loss: float) -> str | None: ...  # why it is not written, None where it is
     def json(self) -> dict[str, Any]: ...
     def card(self, config: Mapping[str, Any]) -> str | None: ...  # README.md; None without one
@@ -90,6 +88,7 @@ class Verification:
     loss: float
 
     def refused(self, max_loss: float) -> str | None:
+        """Why an export is not written that may lose `max_loss` of its source's nDCG@10; None where it is."""
         if self.loss <= max_loss:
             return None
         return (
@@ -105,6 +104,7 @@ class Verification:
         return found
 
     def card(self, config: Mapping[str, Any]) -> str | None:
+        """None: the source's card says how it is used."""
         return None
 
 

@@ -48,7 +48,7 @@ def test_a_cache_loses_the_columns_that_nobody_sees_and_nothing_else(
     exports: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(0)
-    calls = [rng.integers(0, 250, (3, 6)).astype(np.int32) for _ in range(8)]
+    calls = [rng.integers(0, 250, (3, 6)).astype(np.int32) for _ in range(6)]
     counts = [np.array(rng.permutation([1, 0, 6]), np.int32) for _ in calls]
     found = {}
     for spare in (0, 1000):
@@ -60,9 +60,9 @@ def test_a_cache_loses_the_columns_that_nobody_sees_and_nothing_else(
             logits.append(np.where(count[:, None] > 0, said, 0.0))
         found[spare] = np.stack(logits)
         assert state.length.tolist() == np.sum(counts, axis=0).tolist()
-        assert (state.mask.shape[1] < 8 * 6) == (spare == 0)
+        assert (state.mask.shape[1] < 6 * 6) == (spare == 0)
         assert state.past["past_key_values.0.key"].shape()[2] == state.mask.shape[1]
-    np.testing.assert_allclose(found[0], found[1], atol=1e-4)
+    np.testing.assert_allclose(found[0], found[1000], atol=1e-4)
 
 
 def test_a_row_that_reads_nothing_stays_as_it_was(exports: dict[str, Path]) -> None:

@@ -118,7 +118,7 @@ def test_the_memory_comes_out_as_jax_writes_it(tmp_path: Path, seed: int) -> Non
 def documents(seed: int, vocabulary: int, lengths: Sequence[int] = (30, 5, 61, 1, 12)) -> TokenDocuments:
     rng = np.random.default_rng(seed)
     starts = np.concatenate(([0], np.cumsum(lengths)))
-    ids = rng.integers(0, vocabulary, starts[-1]).astype(np.int32)
+    ids = rng.integers(1, vocabulary, starts[-1]).astype(np.int32)  # 0 ends texts
     sizes = np.asarray(lengths, np.int64)
     return TokenDocuments(ids, rng.random(starts[-1]) < 0.9, starts, sizes, 4 * sizes)
 
