@@ -38,7 +38,7 @@ class OnnxSegmentScorer:
         )
         if ((segments > 0) & (segments != segments.max(axis=1, keepdims=True))).any():
             raise ValueError(
-                "an exported model scores rows of one text, and here the token that ends a text stands within one"
+                "an exported model scores rows of one text; the token that ends a text stands within one here"
             )
         before = self._model.start(len(ids)) if memory is None else emptied(memory, batch.reset[:, 0])
         before = dataclasses.replace(before, fresh=np.ones(len(ids), bool))
