@@ -120,9 +120,17 @@ def load_language_trainer(backend: str = "auto") -> Callable[..., Any]:
     return trainer
 
 
-def language_module(backend: str, name: str) -> Any:
-    """A backend's module about language models, by its path in the package."""
-    return importlib.import_module(f"{_module(backend).__name__.partition('.')[0]}.{name}")
+def language_module(backend: str, name: str, directory: Path | None = None) -> Any:
+    """A backend's module about language models, by its path in the package: `generation`, `language_scoring`,
+    `training.language`. For a directory that holds an export it is onnxruntime's. Raises UserError."""
+    if directory is not None:
+        backend = _fitting(backend, directory)
+    package = _module(backend).__name__.partition(".")[0]
+    if backend != "onnx":
+        return importlib.import_module(f"{package}.{name}")
+    if directory is None:
+        raise UserError("backend onnx does not train; use jax or mlx and export the checkpoint")
+    return importlib.import_module(f"common.export.onnx_{name}")
 
 
 def backend_name(backend: str = "auto") -> str:

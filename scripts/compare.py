@@ -45,7 +45,7 @@ class Args:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int = 0
-    backend: Literal["auto", "jax", "mlx"] = "auto"
+    backend: Literal["auto", "jax", "mlx", "onnx"] = "auto"
     out: Path = Path("comparison")
 
 

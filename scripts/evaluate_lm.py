@@ -19,12 +19,11 @@ from typing import Any, Literal
 import tyro
 
 from common.backends import checkpoint_identity, checkpoint_name, language_module
-from common.checkpoint import read_json, to_json, write_file
+from common.checkpoint import to_json, write_file
 from common.errors import UserError, run_command
 from common.hub import resolve_model
-from common.language.config import InfinitoRecipe, LanguageDataConfig, LanguageRecipe
 from common.language.generation import SamplingConfig
-from common.language.prepare import PreparedLanguage, prepare_language
+from common.language.prepare import PreparedLanguage, evaluation_recipe, prepare_language
 from common.language.samples import (
     human_metrics,
     load_generator,
@@ -40,7 +39,7 @@ from common.runs import environment
 @dataclasses.dataclass(frozen=True)
 class Args:
     model: str
-    """A checkpoint directory, or a run's folder."""
+    """A checkpoint directory, a run's folder, or an ONNX export with --data."""
     data: str | None = None
     """A corpus, as train.py's --data; the one the model was trained on when absent."""
     form: Literal["literal", "detokenised"] | None = None
@@ -62,7 +61,7 @@ class Args:
     seed: int = 0
     allow_unknown: bool = False
     """Lets the model write `<unk>`, which is banned otherwise."""
-    backend: Literal["auto", "jax", "mlx"] = "auto"
+    backend: Literal["auto", "jax", "mlx", "onnx"] = "auto"
     out: Path | None = None
     """The folder to write into; the run's own when absent."""
 
@@ -72,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = tyro.cli(Args, args=words, description=__doc__)
     check(args)
     directory = resolve_model(args.model)
-    prepared = prepare_language(corpus_recipe(args, directory))
+    prepared = prepare_language(evaluation_recipe(directory, args.data, args.form))
     if args.max_documents is not None:
         prepared = Limited(**vars(prepared), limit=args.max_documents)
     tables, found = measure(args, directory, prepared)
@@ -111,23 +110,6 @@ def check(args: Args) -> None:
         raise UserError("; ".join(wrong))
 
 
-def corpus_recipe(args: Args, directory: Path) -> LanguageRecipe:
-    """The corpus, with the model's tokenizer, counted as in its training."""
-    file = directory / "training.json"
-    trained: dict[str, Any] = read_json(file)["config"]["data"] if file.exists() else {}
-    usual = LanguageDataConfig()
-    name = args.data or trained.get("name")
-    if name is None:
-        raise UserError(f"--data is missing: {directory} does not say what it was trained on")
-    data = LanguageDataConfig(
-        name=name,
-        form=args.form or trained.get("form", usual.form),
-        mask_unknown=trained.get("mask_unknown", usual.mask_unknown),
-        mask_prompt=trained.get("mask_prompt", usual.mask_prompt),
-    )
-    return InfinitoRecipe(base=str(directory), data=data)
-
-
 @dataclasses.dataclass(frozen=True)
 class Limited(PreparedLanguage):
     """The first documents of each split."""
@@ -141,7 +123,7 @@ class Limited(PreparedLanguage):
 def measure(args: Args, directory: Path, prepared: PreparedLanguage) -> tuple[list[Table], dict[str, Any]]:
     """Tables, and all numbers as JSON values."""
     name = checkpoint_name(directory)
-    scorer = language_module(args.backend, "language_scoring").load_segment_scorer(directory)
+    scorer = language_module(args.backend, "language_scoring", directory).load_segment_scorer(directory)
     if args.stride is not None and args.stride > scorer.context:
         raise UserError(f"--stride is {args.stride}; allowed: 1 to the context, {scorer.context}")
     results = perplexities(scorer, prepared, args.split, args.batch_size, args.stride)

@@ -1,11 +1,14 @@
-"""Export a reranker or a sentence encoder to ONNX or GGUF, verified beside its source on real pairs.
+"""Export a reranker, a sentence encoder or a language model to ONNX or GGUF, verified beside its source.
 
 example: python scripts/export.py runs/quantum_resonance/best --out exports/mine --precision fp32 int8
          python scripts/export.py runs/quantum_resonance/best --out exports/llama --format gguf
+         python scripts/export.py runs/infinito_small --out exports/infinito
 
 Each precision has its own folder, OUT/fp32 and so on. One of ONNX is a model for every command (`--backend
 onnx`). GGUF (F32, F16, Q8_0) holds the portable score for `llama-server --reranking`, or a sentence encoder
-for `--embedding`; it is verified in llama.cpp's own server.
+for `--embedding`; it is verified in llama.cpp's own server. A language model (llama, qwen3, indra, infinito:
+its config.json says so) becomes ONNX with its past and memory as inputs and outputs, verified by perplexity,
+logits and greedy tokens. scripts/generate.py reads it; the README.md beside it shows how others do.
 """
 
 from __future__ import annotations
@@ -13,22 +16,30 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from common.backends import load_encoder, load_scorer
-from common.checkpoint import surviving
+from common.backends import checkpoint_name, load_encoder, load_scorer
+from common.checkpoint import read_config, surviving
 from common.data.records import OnBadRow, Qrels, RankingData, Run
 from common.data.sources import load_split_data
 from common.errors import UserError, run_command
+from common.export.language_verification import (
+    MAX_PERPLEXITY_LOSS,
+    LanguageSource,
+    language_export_table,
+    measure_language,
+    verify_language,
+)
 from common.export.llama_server import LlamaServer, of_llama_server
 from common.export.verification import (
     MAX_LOSS,
     Exported,
     Format,
+    Found,
     Judge,
     Measured,
     Precision,
@@ -41,9 +52,16 @@ from common.export.verification import (
     write_export,
 )
 from common.hub import resolve_model
+from common.language.architectures import LANGUAGE_MODELS
+from common.language.prepare import evaluation_recipe, prepare_language
 from common.report import tables_text
 from common.reranker.evaluation import chosen_qrels
 from common.retrieval.lexical import bm25_run
+
+Kind = Literal["cross-encoder", "bi-encoder", "language-model"]
+# flags of one kind alone
+RANKING_FLAGS = ("score", "on_bad_row", "queries", "depth")
+LANGUAGE_FLAGS = ("max_documents",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +71,9 @@ class Args:
     out: Path
     """The folder of the exports."""
     format: Format = "onnx"
-    kind: Literal["cross-encoder", "bi-encoder"] = "cross-encoder"
-    """What the model is exported as."""
+    kind: Kind | None = None
+    """What the model is exported as; when absent, a language model where config.json is one's, else a
+    cross-encoder."""
     score: Literal["full", "portable"] | None = None
     """Of a cross-encoder: full (ONNX's default), or portable, with the inputs and outputs of transformers'
     own exports and the only one that GGUF has."""
@@ -63,25 +82,30 @@ class Args:
     channel."""
     reduce_range: bool = False
     """int8 weights of 7 bits, for processors without VNNI."""
-    data: str = "pydocs"
-    """Whose pairs the export is verified on: as --data of scripts/evaluate.py, one source."""
-    split: str = "test"
+    data: str | None = None
+    """What the export is verified on. Pairs, as --data of scripts/evaluate.py, of one source: pydocs when
+    absent. Of a language model a corpus, as --data of scripts/evaluate_lm.py: that of its training."""
+    split: str | None = None
+    """test when absent, of a language model dev."""
     on_bad_row: OnBadRow = "error"
     queries: int = 100
     """How many of the split's queries, the first by id."""
+    max_documents: int = 64
+    """Of a language model: how many of the split's documents, the first ones."""
     depth: int = 20
     """Passages of a query, the best of BM25."""
-    max_loss: float = 100 * MAX_LOSS
-    """Percent of the source's nDCG@10 that an export may lose; a worse one is not written."""
+    max_loss: float | None = None
+    """Percent of the source's nDCG@10 that an export may lose (0.5 when absent), or that its perplexity may
+    grow by (2 when absent); a worse one is not written."""
     force: bool = False
     """Writes it all the same."""
 
     def validate(self) -> Args:
         """Return self, or raise a UserError for a flag out of range."""
-        for flag, value in (("queries", self.queries), ("depth", self.depth)):
-            if value < 1:
-                raise UserError(f"--{flag} is {value}; allowed: >= 1")
-        if not 0 <= self.max_loss <= 100:
+        for flag in ("queries", "depth", "max_documents"):
+            if getattr(self, flag) < 1:
+                raise UserError(f"--{flag.replace('_', '-')} is {getattr(self, flag)}; allowed: >= 1")
+        if self.max_loss is not None and not 0 <= self.max_loss <= 100:
             raise UserError(f"--max-loss is {self.max_loss}; allowed: percent, 0 to 100")
         if not self.precision:
             raise UserError("--precision needs at least one of fp32, fp16, int8")
@@ -93,6 +117,27 @@ class Args:
             )
         return self
 
+    def fitting(self, directory: Path) -> Args:
+        """Self with the kind of the model in a directory. UserError for flags of another kind."""
+        config = read_config(directory)
+        if "onnx" in config:
+            raise UserError(f"{directory}: an export, which is not exported again: name its source")
+        known = config.get("model_type") in LANGUAGE_MODELS
+        kind = self.kind or ("language-model" if known else "cross-encoder")
+        own = LANGUAGE_FLAGS if kind == "language-model" else RANKING_FLAGS
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        for flag in {*LANGUAGE_FLAGS, *RANKING_FLAGS} - {*own}:
+            if getattr(self, flag) != usual[flag]:
+                raise UserError(
+                    f"--{flag.replace('_', '-')} is not of a {kind}, which {directory} is: leave it out"
+                )
+        if kind == "language-model" and self.format == "gguf":
+            raise UserError(
+                "a language model is exported to ONNX: leave out --format. GGUF of an expander of queries is "
+                "written by mlx_impl/convert.py."
+            )
+        return dataclasses.replace(self, kind=kind)
+
     @property
     def portable(self) -> bool:
         """Whether the score is the portable one."""
@@ -103,21 +148,57 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = tyro.cli(Args, description=__doc__, args=argv).validate()
     say = functools.partial(print, file=sys.stderr)
     directory = surviving(resolve_model(args.model, say=say))
+    args = args.fitting(directory)
     export = exporter(args, directory)
     first = export(args.precision[0])  # what cannot be exported is refused before anything is measured
+    if args.kind == "language-model":
+        source = language_source(args, directory, say)
+        texts = written(args, first, export, functools.partial(verify_language, source))
+        print(tables_text([language_export_table(texts)]), end="")
+        return
     data, stage, qrels = real_pairs(args)
-    source = measure(loaded(args, directory), directory, data, stage, qrels)
-    found: dict[str, Verification] = {}
+    measured_source = measure(loaded(args, directory), directory, data, stage, qrels)
+
+    def verify(precision: Precision, folder: Path) -> Verification:
+        return compare(measured_source, measured(args, folder, data, stage, qrels))
+
+    found = written(args, first, export, verify)
+    print(tables_text([export_table(args.model, found, args.format)]), end="")
+
+
+def written(
+    args: Args,
+    first: Exported,
+    export: Callable[[Precision], Exported],
+    verify: Callable[[Precision, Path], Found],
+) -> dict[Precision, Found]:
+    """Every precision in its folder, verified; `first` is the export in the first one."""
+    usual = MAX_PERPLEXITY_LOSS if args.kind == "language-model" else MAX_LOSS
+    limit = usual if args.max_loss is None else args.max_loss / 100
+    found: dict[Precision, Found] = {}
     for precision in dict.fromkeys(args.precision):
         exported = first if precision == args.precision[0] else export(precision)
         place = args.out / precision
+        verified = functools.partial(verify, precision)
+        found[precision] = write_export(place, exported, verified, limit, args.force)
+        print(f"written: {place}", file=sys.stderr)
+    return found
 
-        def verify(folder: Path) -> Verification:
-            return compare(source, measured(args, folder, data, stage, qrels))
 
-        found[precision] = write_export(place, exported, verify, args.max_loss / 100, args.force)
-        say(f"written: {place}")
-    print(tables_text([export_table(args.model, found, args.format)]), end="")
+def language_source(args: Args, directory: Path, say: Callable[[str], None]) -> LanguageSource:
+    """The language model in a directory, measured on the first documents of the split."""
+    from jax_impl.generation import ModelEngine
+    from jax_impl.language import load_language_model
+    from jax_impl.language_scoring import ModelScorer
+
+    split = args.split or "dev"
+    prepared = prepare_language(evaluation_recipe(directory, args.data), say=say)
+    documents, end = prepared.split(split, args.max_documents), prepared.tokenizer.end
+    model, config = load_language_model(directory)
+    scorer = ModelScorer(model)
+    found = measure_language(directory, scorer, documents, end, config.vocab_size)
+    corpus = f"{prepared.name}, split {split}"
+    return LanguageSource(checkpoint_name(directory), corpus, ModelEngine(model), documents, end, found)
 
 
 def exporter(args: Args, directory: Path) -> functools.partial[Exported]:
@@ -128,8 +209,12 @@ def exporter(args: Args, directory: Path) -> functools.partial[Exported]:
         return functools.partial(
             gguf.export_bi_encoder if args.kind == "bi-encoder" else gguf.export_cross_encoder, directory
         )
-    from jax_impl.export import onnx
+    from jax_impl.export import onnx, onnx_language
 
+    if args.kind == "language-model":
+        return functools.partial(
+            onnx_language.export_language_model, directory, reduce_range=args.reduce_range
+        )
     if args.kind == "bi-encoder":
         return functools.partial(onnx.export_bi_encoder, directory, reduce_range=args.reduce_range)
     return functools.partial(
@@ -142,14 +227,15 @@ def exporter(args: Args, directory: Path) -> functools.partial[Exported]:
 
 def real_pairs(args: Args) -> tuple[RankingData, Run, Qrels]:
     """The data, BM25's passages of the first queries, and their judgements."""
-    data = load_split_data(args.data, args.split, on_bad_row=args.on_bad_row)
+    name, split = args.data or "pydocs", args.split or "test"
+    data = load_split_data(name, split, on_bad_row=args.on_bad_row)
     if data.parts:
         raise UserError("an export is verified on one source: give --data a single one")
-    qrels = chosen_qrels(data, args.split, None, args.queries)
+    qrels = chosen_qrels(data, split, None, args.queries)
     stage = bm25_run(data.corpus, {query: data.queries[query] for query in qrels}, args.depth)
     stage = {query: run for query, run in stage.items() if run}
     if not stage:
-        raise UserError(f"{args.data}: no query of split {args.split} shares a word with a passage")
+        raise UserError(f"{name}: no query of split {split} shares a word with a passage")
     return data, stage, {query: qrels[query] for query in stage}
 
 

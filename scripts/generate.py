@@ -27,7 +27,7 @@ from common.language.samples import DEMO_PROMPTS, LanguageGenerator, load_genera
 @dataclasses.dataclass(frozen=True)
 class Args:
     model: str
-    """A checkpoint directory, a run's folder, or the name of a Llama or Qwen3 model."""
+    """A checkpoint directory, a run's folder, an ONNX export, or the name of a Llama or Qwen3 model."""
     prompt: tuple[str, ...] = ()
     """One or several."""
     file: Path | None = None
@@ -54,7 +54,7 @@ class Args:
     """Shows the text as it is written, of a single prompt."""
     json: bool = False
     """One JSON object a line: prompt, text, tokens, finish, explored."""
-    backend: Literal["auto", "jax", "mlx"] = "auto"
+    backend: Literal["auto", "jax", "mlx", "onnx"] = "auto"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

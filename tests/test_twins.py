@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 JAX_ONLY_FILES = {
     "training/parallel.py",  # devices of a host and of others; MLX: training/distributed.py
     "export/onnx.py",
+    "export/onnx_language.py",
 }
 MLX_ONLY_FILES = {
     "models/layers.py",  # what flax.nnx brings: seeded layers with a computation dtype

@@ -40,36 +40,52 @@ def batches_by_length(encodeds: Sequence[Encoded], budget: int = BATCH_TOKENS) -
         start += rows
 
 
+def open_session(directory: Path, kind: str, threads: int) -> tuple[Any, dict[str, Any]]:
+    """onnxruntime's session of an exported directory, which computes on `threads` cores, and its config.json.
+
+    UserError for an export of another kind, and for a file that cannot be read.
+    """
+    import onnxruntime
+
+    directory = surviving(directory)
+    config = read_config(directory)
+    found = (config.get("onnx") or {}).get("kind", "foreign model")
+    if found != kind:
+        raise UserError(
+            f"{directory}: holds a {found}, a {kind} is needed. Export one with scripts/export.py --kind "
+            f"{kind}."
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.enable_mem_pattern = False  # shapes differ from batch to batch
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(
+            str(directory / ONNX_FILE), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # onnxruntime's own errors have no common class
+        raise UserError(
+            f"{directory / ONNX_FILE}: cannot be read ({str(error)[:300]}). Export it again."
+        ) from error
+    return session, config
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class OnnxSession:
     """A model of an exported directory. Several threads may call it; it computes on as many cores as there
     are."""
 
     def __init__(self, directory: Path, kind: str) -> None:
-        import onnxruntime
-
         self.directory = surviving(directory)
-        self.config = read_config(self.directory)
-        self.about: dict[str, Any] = self.config.get("onnx") or {}
-        if self.about.get("kind") != kind:
-            raise UserError(
-                f"{self.directory}: holds a {self.about.get('kind', 'foreign model')}, a {kind} is needed."
-                f" Export one with scripts/export.py --kind {kind}."
-            )
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.enable_mem_pattern = False  # shapes differ from batch to batch
-        options.log_severity_level = 3
-        try:
-            self._session = onnxruntime.InferenceSession(
-                str(self.directory / ONNX_FILE), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # onnxruntime's own errors have no common class
-            raise UserError(
-                f"{self.directory / ONNX_FILE}: cannot be read ({str(error)[:300]}). Export it again."
-            ) from error
+        self._session, self.config = open_session(self.directory, kind, 1)
+        self.about: dict[str, Any] = self.config["onnx"]
         self.inputs = [item.name for item in self._session.get_inputs()]
         self.outputs = [item.name for item in self._session.get_outputs()]
-        self._pool = ThreadPoolExecutor(_cores(), "resonance-onnx")
+        self._pool = ThreadPoolExecutor(available_cores(), "resonance-onnx")
 
     def run(
         self,
@@ -181,8 +197,3 @@ def _feed(tokenizer: PairTokenizer, rows: Sequence[Encoded], segment: int = 0) -
         "attention_mask": (sides > 0).astype(np.int64),
         "token_type_ids": segment * (sides == PASSAGE).astype(np.int64),
     }
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,5 +1,7 @@
-"""Exports: written whole, read back, measured beside their source on real pairs, and refused when they rank
-worse."""
+"""Exports: written whole, read back, measured beside their source, and refused when they are worse.
+
+Here rerankers and encoders on real pairs; language models: common/export/language_verification.py.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +36,7 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 MODEL_FILES: dict[Format, str] = {"onnx": ONNX_FILE, "gguf": GGUF_FILE}
 METRIC = "nDCG@10"
 MAX_LOSS = 0.005  # of it, beyond which an export is refused
+CARD_FILE = "README.md"
 Judge = Callable[[str, Sequence[str]], NDArray[np.float32]]  # a query and L passages -> scores [L]
 
 
@@ -47,6 +50,17 @@ class Exported:
     tokenizer_save: Callable[[Path], None]
     errors: dict[str, float]
     format: Format = "onnx"
+
+
+class Verified(Protocol):
+    """What a verification says of an export."""
+
+    def refused(self, max_loss: float) -> str | None: ...  # why it is not written, None where it is
+    def json(self) -> dict[str, Any]: ...
+    def card(self, config: Mapping[str, Any]) -> str | None: ...  # README.md; None without one
+
+
+Found = TypeVar("Found", bound=Verified)
 
 
 @dataclass(frozen=True)
@@ -73,40 +87,51 @@ class Verification:
     difference: dict[str, float]
     loss: float
 
+    def refused(self, max_loss: float) -> str | None:
+        """Why an export is not written that may lose `max_loss` of its source's nDCG@10; None where it is."""
+        if self.loss <= max_loss:
+            return None
+        return (
+            f"this export ranks worse than its source: nDCG@10 {self.export.ndcg:.4f} against "
+            f"{self.source.ndcg:.4f}, a loss of {self.loss:.2%} (allowed: {max_loss:.2%}). Choose another "
+            "--precision, more --queries to measure it by, or --force it."
+        )
+
     def json(self) -> dict[str, Any]:
         found = asdict(self)
         for side in ("source", "export"):
             del found[side]["scores"]
         return found
 
+    def card(self, config: Mapping[str, Any]) -> str | None:
+        """None: the source's card says how it is used."""
+        return None
+
 
 def write_export(
-    directory: Path, exported: Exported, verify: Callable[[Path], Verification], max_loss: float, force: bool
-) -> Verification:
-    """Write a directory, read it back and verify it; it takes its place only when it loses no more than
-    `max_loss` of the source's nDCG@10, or when `force` says so.
+    directory: Path, exported: Exported, verify: Callable[[Path], Found], max_loss: float, force: bool
+) -> Found:
+    """Write a directory, read it back and verify it; it takes its place only when the verification does not
+    refuse it for losing more than `max_loss`, a part of the source's quality, or when `force` says so.
 
-    Raises UserError for an export that ranks worse, and for a full disk; an earlier export there stays.
+    Raises UserError for an export that is worse, and for a full disk; an earlier export there stays.
     """
-    found: list[Verification] = []
+    found: list[Found] = []
 
     def fill(folder: Path) -> None:
         (folder / MODEL_FILES[exported.format]).write_bytes(exported.model)
         (folder / CONFIG_FILE).write_bytes(to_json(exported.config))
         exported.tokenizer_save(folder)
         found.append(verify(folder))
-        lost = found[0].loss
-        if lost > max_loss and not force:
-            raise UserError(
-                f"{directory}: not written, this export ranks worse than its source: nDCG@10 "
-                f"{found[0].export.ndcg:.4f} against {found[0].source.ndcg:.4f}, a loss of {lost:.2%} "
-                f"(allowed: {max_loss:.2%}). Choose another --precision, more --queries to measure it by, or "
-                "--force it."
-            )
+        refused = found[0].refused(max_loss)
+        if refused is not None and not force:
+            raise UserError(f"{directory}: not written, {refused}")
+        if (card := found[0].card(exported.config)) is not None:
+            (folder / CARD_FILE).write_text(card, encoding="utf-8")
         report = {
             **exported.config[exported.format],
             "verification": found[0].json(),
-            "forced": lost > max_loss,
+            "forced": refused is not None,
         }
         report["quantization_error"] = exported.errors
         (folder / EXPORT_FILE).write_bytes(to_json(report))

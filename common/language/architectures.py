@@ -18,6 +18,7 @@ from common.errors import UserError
 
 Family = Literal["llama", "qwen3"]
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+LANGUAGE_MODELS = (*ARCHITECTURES, "indra", "infinito")  # model_type of a config.json
 # Tensors that a checkpoint may have and a model has not: buffers that old versions of transformers wrote.
 DROPPABLE = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 QWEN3_HEAD_DIM = 128  # where a Qwen3 config.json does not say
@@ -309,7 +310,7 @@ def language_config(config: Mapping[str, Any], where: object) -> LanguageModelCo
         if kind in ARCHITECTURES:
             return DecoderConfig.from_dict(config)
         if kind not in kinds:
-            allowed = ", ".join([*ARCHITECTURES, *kinds])
+            allowed = ", ".join(LANGUAGE_MODELS)
             raise ValueError(f"model_type is {config.get('model_type')!r}; language models: {allowed}")
         known = {field.name for field in dataclasses.fields(kinds[kind])}
         made = kinds[kind](**{key: value for key, value in config.items() if key in known})

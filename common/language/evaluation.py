@@ -32,6 +32,11 @@ class SegmentScorer(Protocol):
     @property
     def carries(self) -> bool: ...
     def score(self, batch: LanguageBatch, memory: Any) -> TokenScores: ...
+
+
+class AttentiveScorer(SegmentScorer, Protocol):
+    """A SegmentScorer that shows its attention."""
+
     def attention(
         self, input_ids: np.ndarray
     ) -> tuple[np.ndarray, ...]: ...  # of texts [B, S], each layer's weights [B, H, S, S]; none of an LSTM

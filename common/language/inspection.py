@@ -15,7 +15,7 @@ from common.checkpoint import read_json
 from common.data.language import TokenDocuments, evaluation_batches
 from common.errors import UserError
 from common.hub import resolve_model
-from common.language.evaluation import SegmentScorer
+from common.language.evaluation import AttentiveScorer
 from common.language.text import LanguageTokenizer, load_tokenizer
 
 INSPECTION_FILE = "inspection.json"
@@ -30,7 +30,7 @@ def longest_document(documents: TokenDocuments) -> np.ndarray:
     return documents.ids[documents.document(int(np.argmax(documents.lengths())))]
 
 
-def inspect_model(scorer: SegmentScorer, tokenizer: LanguageTokenizer, ids: np.ndarray) -> dict[str, Any]:
+def inspect_model(scorer: AttentiveScorer, tokenizer: LanguageTokenizer, ids: np.ndarray) -> dict[str, Any]:
     """What a model does with a text of ids [T]: {"attention", "memory"}, as JSON values.
 
     attention: {"tokens": S texts, "layers": [L][S][S]}, mean weight over the heads of each layer, of the
@@ -47,7 +47,7 @@ def inspect_model(scorer: SegmentScorer, tokenizer: LanguageTokenizer, ids: np.n
     }
 
 
-def _memory(scorer: SegmentScorer, ids: np.ndarray, end: int) -> dict[str, Any] | None:
+def _memory(scorer: AttentiveScorer, ids: np.ndarray, end: int) -> dict[str, Any] | None:
     one = np.ones(1, np.int64)
     text = TokenDocuments(ids, np.ones(len(ids), bool), np.array([0, len(ids)]), one, one)
     found: dict[str, list[np.ndarray]] = {"importance": [], "age": [], "read": [], "replaced": []}
@@ -70,7 +70,7 @@ def inspect_checkpoint(model: str | Path, text: str, backend: str = "auto") -> d
     ids = tokenizer.encode(text)
     if not len(ids):
         raise UserError("the text to look at is empty; give at least one word")
-    scorer: SegmentScorer = language_module(backend, "language_scoring").load_segment_scorer(directory)
+    scorer: AttentiveScorer = language_module(backend, "language_scoring").load_segment_scorer(directory)
     return inspect_model(scorer, tokenizer, ids)
 
 

@@ -7,12 +7,12 @@ import json
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from common.cache import cache_key, read_cache, write_cache
-from common.checkpoint import CONFIG_FILE, read_config
+from common.checkpoint import CONFIG_FILE, TRAINING_FILE, read_config, read_json
 from common.data.corpora import Corpus, Document, load_corpus
 from common.data.language import (
     PackedRows,
@@ -27,7 +27,7 @@ from common.data.pydocs import PACKAGES
 from common.errors import UserError, listed
 from common.hub import resolve_model
 from common.language.architectures import DecoderConfig, InfinitoConfig, language_config
-from common.language.config import FineTuneRecipe, LanguageRecipe
+from common.language.config import FineTuneRecipe, InfinitoRecipe, LanguageDataConfig, LanguageRecipe
 from common.language.generation import Engine
 from common.language.text import LanguageTokenizer, corpus_tokenizer, load_tokenizer
 from common.reranker.prepare import cache_root
@@ -98,6 +98,26 @@ def with_base(recipe: LanguageRecipe) -> LanguageRecipe:
     name = "max_position_embeddings" if isinstance(model, DecoderConfig) else "context"
     cut: dict[str, Any] = {name: context}
     return dataclasses.replace(recipe, base=str(base), model=dataclasses.replace(model, **cut)).validate()
+
+
+def evaluation_recipe(
+    directory: Path, name: str | None = None, form: Literal["literal", "detokenised"] | None = None
+) -> LanguageRecipe:
+    """A corpus, when absent the one that the model of a directory was trained on, with its tokenizer, counted
+    as in its training. UserError where neither is known."""
+    file = directory / TRAINING_FILE
+    trained: dict[str, Any] = read_json(file)["config"]["data"] if file.exists() else {}
+    usual = LanguageDataConfig()
+    name = name or trained.get("name")
+    if name is None:
+        raise UserError(f"--data is missing: {directory} does not say what it was trained on")
+    data = LanguageDataConfig(
+        name=name,
+        form=form or trained.get("form", usual.form),
+        mask_unknown=trained.get("mask_unknown", usual.mask_unknown),
+        mask_prompt=trained.get("mask_prompt", usual.mask_prompt),
+    )
+    return InfinitoRecipe(base=str(directory), data=data)
 
 
 def recipe_corpus(recipe: LanguageRecipe) -> Corpus:

@@ -69,7 +69,7 @@ def load_generator(
 ) -> LanguageGenerator:
     """The language model of a directory, run or name, with its tokenizer. Raises UserError."""
     directory = resolve_model(name, say=say)
-    engine: Engine = language_module(backend, "generation").load_engine(directory)
+    engine: Engine = language_module(backend, "generation", directory).load_engine(directory)
     return LanguageGenerator(checkpoint_name(directory), engine, load_tokenizer(directory))
 
 

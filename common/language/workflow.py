@@ -115,7 +115,7 @@ def evaluate_best(
     summary: dict[str, Any],
     scorer: SegmentScorer,
 ) -> list[Table]:
-    """The test split's table of `scorer`, the best checkpoint, written to results.json; none without the test.
+    """The test split's table of `scorer`, the best checkpoint, written to results.json; none without it.
 
     An expansion's rows have no test split: the scores on dev, which chose the checkpoint.
     """

@@ -8,7 +8,7 @@ GGUF.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from jax_impl.loading import load_bi_encoder, load_cross_encoder, model_tensors
 
 OPSET, IR_VERSION = 20, 10  # read by onnxruntime from 1.18 on
 FUSED = "com.microsoft"
+LARGEST = 2**31 - 2**24  # bytes of weights, with room for the graph: protobuf's limit
 EPSILON = 1e-12  # of the projector, inside every root
 HEADS = ("resonance", "real", "real_part", "root_fidelity", "overlap", "cls")  # model.head that is exported
 Arrays = Mapping[str, np.ndarray]
@@ -100,11 +101,12 @@ class Graph:
         self.errors: dict[str, float] = {}
         self._nodes: list[Any] = []
         self._weights: dict[str, np.ndarray] = {}
-        self._inputs: list[str] = []
+        self._inputs: list[tuple[str, str, Sequence[int | str]]] = []
+        self._made = 0
 
-    def input(self, name: str) -> str:
-        """[rows, tokens] int64."""
-        self._inputs.append(name)
+    def input(self, name: str, shape: Sequence[int | str] = ("rows", "tokens"), kind: str = "INT64") -> str:
+        """Of a shape with names for dynamic sizes; `kind` is INT64 or FLOAT."""
+        self._inputs.append((name, kind, shape))
         return name
 
     def weight(self, name: str, value: np.ndarray) -> str:
@@ -125,10 +127,19 @@ class Graph:
     ) -> list[str]:
         from onnx import helper
 
-        name = f"{operator}_{len(self._nodes)}"
+        self._made += 1
+        name = f"{operator}_{self._made}"
         made = [f"{name}:{number}" for number in range(outputs)]
         self._nodes.append(helper.make_node(operator, inputs, made, name=name, domain=domain, **attributes))
         return made
+
+    def choice(
+        self, condition: str, yes: Callable[[], Sequence[str]], no: Callable[[], Sequence[str]]
+    ) -> list[str]:
+        """What `yes` makes where the scalar `condition` is true, else what `no` makes: as many float32
+        arrays. Only one of the two is computed."""
+        branches = {"then_branch": self._branch(yes), "else_branch": self._branch(no)}
+        return self.nodes("If", [condition], len(branches["then_branch"].output), **branches)
 
     def sum(self, x: str) -> str:
         """Over the last axis, which stays with length 1."""
@@ -155,8 +166,13 @@ class Graph:
         ]
         return self.node("DynamicQuantizeMatMul", inputs, FUSED)
 
-    def embedding(self, ids: str, key: str, table: np.ndarray) -> str:
-        """Rows of the table [V, D], in the graph's precision: int8 has a scale for each row."""
+    def embedding(self, ids: str, key: str, table: np.ndarray, *, tied: bool = False) -> str:
+        """Rows of the table [V, D], in the graph's precision: int8 has a scale for each row.
+
+        `tied` reads what `product` stores of the same key and table, which then lies in the file once.
+        """
+        if tied:
+            return self._tied(ids, key, table)
         if self.precision != "int8":
             return self.node("Gather", [self._stored(key, np.asarray(table, np.float32)), ids])
         quantized, scale = self._quantized(key, np.asarray(table, np.float32).T)
@@ -171,16 +187,25 @@ class Graph:
         return y if bias is None else self.node("Add", [y, self.weight(f"{key}.bias", bias)])
 
     def model(self, outputs: Mapping[str, tuple[str, list[Any]]]) -> bytes:
-        """The whole model; `outputs`: name -> what computes it and its shape."""
+        """The whole model; `outputs`: name -> what computes it and its shape. UserError for one over 2 GiB,
+        which a file of ONNX does not hold."""
         from onnx import TensorProto, checker, helper, numpy_helper
 
+        size = sum(value.nbytes for value in self._weights.values())
+        if size > LARGEST:
+            raise UserError(
+                f"the weights in {self.precision} have {size / 2**30:.1f} GiB, and a file of ONNX holds 2: "
+                "choose a smaller --precision, fp16 or int8"
+            )
         for name, (made, _) in outputs.items():
             self._nodes.append(helper.make_node("Identity", [made], [name], name=f"output {name}"))
-        shape = ["rows", "tokens"]
         graph = helper.make_graph(
             self._nodes,
             "resonance",
-            [helper.make_tensor_value_info(name, TensorProto.INT64, shape) for name in self._inputs],
+            [
+                helper.make_tensor_value_info(name, TensorProto.DataType.Value(kind), shape)
+                for name, kind, shape in self._inputs
+            ],
             [
                 helper.make_tensor_value_info(name, TensorProto.FLOAT, size)
                 for name, (_, size) in outputs.items()
@@ -193,6 +218,28 @@ class Graph:
         )
         checker.check_model(model)
         return bytes(model.SerializeToString())
+
+    def _branch(self, make: Callable[[], Sequence[str]]) -> Any:
+        """What `make` adds, as a graph of its own; its weights stay with the whole."""
+        from onnx import TensorProto, helper
+
+        outer, self._nodes = self._nodes, []
+        results = [self.node("Identity", [made]) for made in make()]
+        infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in results]
+        made = helper.make_graph(self._nodes, f"branch {results[0]}", [], infos)
+        self._nodes = outer
+        return made
+
+    def _tied(self, ids: str, key: str, table: np.ndarray) -> str:
+        matrix = np.ascontiguousarray(table.T, np.float32)  # [D, V]
+        if self.precision != "int8":
+            columns = self.node("Gather", [self._stored(key, matrix), ids], axis=1)  # [D, N, S]
+            return self.node("Transpose", [columns], perm=[1, 2, 0])
+        quantized, scale = self._quantized(key, matrix)
+        columns = self.node("Gather", [self.weight(f"{key}.int8", quantized), ids], axis=1)
+        rows = self.node("Transpose", [self.node("Cast", [columns], to=1)], perm=[1, 2, 0])
+        scales = self.node("Gather", [self.weight(f"{key}.scale", scale[0]), ids])  # [N, S]
+        return self.node("Mul", [rows, self.node("Unsqueeze", [scales, self.axes(-1)])])
 
     def _stored(self, key: str, value: np.ndarray) -> str:
         if self.precision == "fp16":
@@ -345,21 +392,28 @@ def _means(graph: Graph, hidden: str, masks: Sequence[str]) -> str:
 
 def _states(graph: Graph, tensors: Arrays, settings: Mapping[str, Any], means: str) -> tuple[str, str]:
     """The projector: means [N, 2, D] -> (re, im), each [N, 2, C], together of unit length."""
-    at = "resonance.projector."
+    kind = "real" if settings["head"] == "real" else settings["parameterisation"]
+    re, im = amplitudes(graph, tensors, "resonance.projector.", kind, means)
+    length = graph.root(graph.sum(graph.node("Add", [graph.square(re), graph.square(im)])), EPSILON)
+    return graph.node("Div", [re, length]), graph.node("Div", [im, length])
+
+
+def amplitudes(graph: Graph, tensors: Arrays, at: str, kind: str, hidden: str) -> tuple[str, str]:
+    """A projector's (re, im) of hidden [..., D], each [..., C], not normalised; jax_impl/models/projector."""
 
     def layer(name: str) -> str:
-        return graph.linear(means, name, tensors[f"{at}{name}.weight"], tensors.get(f"{at}{name}.bias"))
+        bias = tensors.get(f"{at}{name}.bias")
+        return graph.linear(hidden, f"{at}{name}", tensors[f"{at}{name}.weight"], bias)
 
-    if settings["head"] == "real":
+    if kind == "real":
         re, im = graph.nodes("Split", [layer("proj")], 2, axis=-1, num_outputs=2)
-    elif settings["parameterisation"] == "polar":
+    elif kind == "polar":
         magnitude = graph.node("Softplus", [layer("magnitude")])
         phase = graph.node("Mul", [graph.node("Tanh", [layer("phase")]), graph.constant(float(np.pi))])
         re, im = (graph.node("Mul", [magnitude, graph.node(part, [phase])]) for part in ("Cos", "Sin"))
     else:
         re, im = layer("proj_re"), layer("proj_im")
-    length = graph.root(graph.sum(graph.node("Add", [graph.square(re), graph.square(im)])), EPSILON)
-    return graph.node("Div", [re, length]), graph.node("Div", [im, length])
+    return re, im
 
 
 def _compared(graph: Graph, head: str, states: tuple[str, str]) -> tuple[str, str, str]:
