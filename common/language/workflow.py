@@ -31,6 +31,9 @@ class TrainedLanguageRun:
     folder: Path
     tables: list[Table]  # of the test split; empty when that was not evaluated
     finished_before: bool  # nothing was trained now
+    training: dict[
+        str, Any
+    ]  # steps, planned_steps, stopped (early: "patience" or "time"), best_step, best_dev
 
     @property
     def best(self) -> Path:
@@ -54,7 +57,7 @@ def train_language(
         None if options.fresh else finished_results(options.runs, recipe.name, settings, prepared.fingerprint)
     )
     if finished is not None:
-        return TrainedLanguageRun(place, finished["tables"], True)
+        return TrainedLanguageRun(place, finished["tables"], True, finished["training"])
     inputs = run_inputs(recipe, options, place)
     device = accelerator(options.backend)
     say(environment_line(environment(device)))
@@ -68,7 +71,7 @@ def train_language(
         inputs=inputs,
         device=device,
     ) as folder:
-        summary = trainer.run(folder)
+        summary = trainer.run(folder, options.max_minutes)
         say(
             f"best on dev: step {summary['best_step']}, perplexity {summary['best_dev']:.2f} a token"
             if summary["best_step"] is not None
@@ -76,7 +79,7 @@ def train_language(
         )
         tables = evaluate_best(recipe, options, prepared, folder, summary)
         write_report(folder.path)
-    return TrainedLanguageRun(folder.path, tables, False)
+    return TrainedLanguageRun(folder.path, tables, False, summary)
 
 
 def run_inputs(recipe: LanguageRecipe, options: RunOptions, place: Path) -> dict[str, str]:
