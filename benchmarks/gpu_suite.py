@@ -44,16 +44,18 @@ import numpy as np
 from benchmarks import lm_generation, lm_training
 from benchmarks.record import RESULTS, Record, Row, compared
 from common.backends import language_module
-from common.checkpoint import read_json, write_file
+from common.checkpoint import read_config, read_json, write_file
 from common.config import RerankerConfig, RunOptions, load_recipe
 from common.data.combined import source_name
+from common.data.corpora import Form, load_corpus
 from common.data.sources import load_ranking_data
 from common.errors import UserError, listed, run_command
 from common.hub import resolve_model
+from common.language.architectures import language_config, parameter_count
 from common.language.config import InfinitoConfig, LanguageRecipe
 from common.language.evaluation import LanguageResult
 from common.language.generation import SamplingConfig
-from common.language.prepare import prepare_language, recipe_corpus, recipe_tokenizer
+from common.language.prepare import prepare_language
 from common.language.samples import (
     DEMO_PROMPTS,
     human_metrics,
@@ -61,6 +63,7 @@ from common.language.samples import (
     measured_samples,
     split_prompts,
 )
+from common.language.text import load_tokenizer
 from common.language.workflow import TrainedLanguageRun, perplexities, train_language
 from common.reranker.ablation import HEAD_VARIANTS, grid, read_outcomes, results
 from common.reranker.prepare import resolve_base
@@ -124,13 +127,14 @@ INDRA = {"unified": None, **{name: name for name in ("pure", "aggressive", "gent
 
 def full(runs: Path) -> Plan:
     """What a GPU measures."""
-    small = {"epochs": 3.0, "max_steps": None, "batch_size": 32}
+    rare = {"checkpoint_every": 1000}  # a state of 71 M is above a gigabyte, and nothing here is resumed
+    small = {"epochs": 3.0, "max_steps": None, "batch_size": 32, **rare}
     general: RerankerConfig = recipe("general_reranker")
     sources = general.data.name.replace("@500", "")
     reference: RerankerConfig = recipe("quantum_resonance")
-    longer = {"train": {"batch_size": 64}}
+    longer = {"train": {"batch_size": 64, **rare}}
     return Plan(
-        lm=recipe("infinito"),
+        lm=recipe("infinito").changed(train=rare),
         infinito={
             name: recipe("infinito_small", preset).changed(train=small) for name, preset in INFINITO.items()
         },
@@ -240,27 +244,34 @@ def toy_data(runs: Path) -> tuple[Path, Path]:
 
 def missing(plan: Plan, parts: Sequence[str], runs: Path) -> list[str]:
     """What the parts lack, in words, found in seconds: each loader is asked for what it will be asked for."""
-    languages = {
-        "lm": [plan.lm],
-        "samples": [plan.lm],
-        "ablations": [plan.infinito["infinito"], plan.teacher],
-    }
-    checks: list[tuple[str, Callable[[], Any]]] = []
-    for part in parts:
-        checks += [(part, functools.partial(corpus_there, item)) for item in languages.get(part, ())]
-    if "samples" in parts and "lm" not in parts:
-        checks.append(("samples", functools.partial(checkpoint_there, runs / plan.lm.name)))
-    if "speed" in parts:
-        checks.append(("speed", functools.partial(peers_there, plan.real)))
-    if "reranker" in parts:
-        checks += [("reranker", functools.partial(rankings_there, item)) for item in plan.rerankers]
     found = []
-    for part, check in checks:
-        try:
-            check()
-        except UserError as error:
-            found.append(f"{part}: {error}")
+    for part in parts:
+        for check in checks(part, plan, runs, with_lm="lm" in parts):
+            try:
+                check()
+            except UserError as error:
+                found.append(f"{part}: {error}")
     return list(dict.fromkeys(found))
+
+
+def checks(part: str, plan: Plan, runs: Path, *, with_lm: bool) -> Iterator[Callable[[], Any]]:
+    """What raises a UserError for everything that a part needs and is not at hand."""
+    languages = {"lm": [plan.lm], "samples": [plan.lm], "ablations": [*plan.infinito.values(), plan.teacher]}
+    for item in languages.get(part, ()):
+        names = ("wikitext-2", "alpaca") if item.data.name == "mixed" else (item.data.name,)
+        yield from (functools.partial(corpus_there, name, item.data.form) for name in names)
+        if item.data.tokenizer != "bpe":
+            yield functools.partial(load_tokenizer, item.data.tokenizer)
+    if part == "samples" and not with_lm:
+        yield functools.partial(checkpoint_there, runs / plan.lm.name)
+    if part == "speed":
+        yield functools.partial(peers_there, plan.real)
+    for config in plan.rerankers if part == "reranker" else ():
+        yield functools.partial(resolve_base, config, say=_quiet)
+        yield functools.partial(resolve_model, config.data.encoder, say=_quiet)
+        # pydocs is on every machine, and takes a while to read
+        sources = (source for source in config.data.name.split(" + ") if source != "pydocs")
+        yield from (functools.partial(load_ranking_data, source) for source in sources)
 
 
 def gpu_there() -> None:
@@ -279,11 +290,9 @@ def gpu_there() -> None:
 
 
 @functools.cache
-def corpus_there(item: LanguageRecipe) -> None:
-    """UserError where a language model's corpus or tokenizer is not at hand."""
-    corpus = recipe_corpus(item)
-    if item.data.tokenizer != "bpe":
-        recipe_tokenizer(item, corpus)
+def corpus_there(name: str, form: Form) -> None:
+    """UserError where a language model's corpus is not at hand or broken."""
+    load_corpus(name, form)
 
 
 def checkpoint_there(run: Path) -> None:
@@ -300,15 +309,6 @@ def peers_there(on_gpu: bool) -> None:
     code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     if on_gpu and subprocess.run([sys.executable, "-c", code], check=False).returncode:
         raise UserError("torch sees no GPU: the peer would compute on the CPU. Install its CUDA build")
-
-
-def rankings_there(config: RerankerConfig) -> None:
-    """UserError where a collection, the base or the retriever is not at hand."""
-    resolve_base(config, say=lambda _: None)
-    resolve_model(config.data.encoder, say=lambda _: None)
-    for source in config.data.name.split(" + "):
-        if source != "pydocs":  # which every machine has, and which takes a while to read
-            load_ranking_data(source)
 
 
 # --- the parts, as jobs ---
@@ -477,16 +477,17 @@ def language_rows(item: LanguageRecipe, trained: TrainedLanguageRun, real: bool)
             f"{item.name}: test perplexity a word, {found['mode']}", found["word"], "perplexity", result=found
         )
         rows.append(against(made, LITERATURE[found["mode"]] if real else None, lower=True))
-    return [*rows, *speed_rows(item, log)]
+    model: Any = language_config(read_config(trained.best), trained.best)
+    return [*rows, *speed_rows(item, model, log)]
 
 
-def speed_rows(item: LanguageRecipe, log: Sequence[Mapping[str, Any]]) -> list[Row]:
+def speed_rows(item: LanguageRecipe, model: InfinitoConfig, log: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Counted tokens a second between lines of the log without an evaluation; the share of the GPU's peak."""
     import jax
 
     rates = token_rates(item, log)
     device, count = jax.devices()[0], jax.device_count()
-    per_token = flops_per_token(item.model)
+    per_token = flops_per_token(model)
     peak = PEAK_BF16.get(device.device_kind) if item.train.precision != "float32" else None
     rate = median(rates) if rates else None
     known = {"device": device.device_kind, "devices": count, "flops_a_token": per_token, "flops": FLOPS}
@@ -519,8 +520,6 @@ def token_rates(item: LanguageRecipe, log: Sequence[Mapping[str, Any]]) -> list[
 
 def flops_per_token(model: InfinitoConfig) -> float:
     """Of a training step, by the formula FLOPS."""
-    from common.language.architectures import parameter_count
-
     width, slots = model.hidden_size, model.memory_slots + 1 if model.remembers else 0
     attention = model.num_hidden_layers * model.context + slots
     return float(6 * parameter_count(model) + 12 * width * attention)
@@ -559,9 +558,7 @@ def sample_row(plan: Plan, runs: Path) -> Row:
         who: {name: value if math.isfinite(value) else None for name, value in found.items()}
         for who, found in metrics.items()
     }
-    return row(
-        f"{plan.lm.name}: generated text", None, "texts and metrics", metrics=finite, texts=texts, **sizes
-    )
+    return row(f"{plan.lm.name}: generated text", len(texts), "texts", metrics=finite, texts=texts, **sizes)
 
 
 def switch_values(modes: Sequence[LanguageResult]) -> Row:
@@ -686,26 +683,26 @@ def write_state(part: str, state: Mapping[str, Any], started: float, record: Rec
 
 def tell(rows: Sequence[Row]) -> None:
     for made in rows:
-        ours = "not known" if made["ours"] is None else f"{made['ours']:,.4g}"
+        ours = "not known" if made["ours"] is None else f"{made['ours']:,.4g} {made['unit']}"
         beside = f"; {made['peer_name']}: {made['peer']:,.4g}" if made["peer"] is not None else ""
-        print(f"{made['what']}: {ours} {made['unit']}{beside}", flush=True)
+        print(f"{made['what']}: {ours}{beside}", flush=True)
 
 
 def budgets(words: Sequence[str], parts: Sequence[str]) -> dict[str, float]:
     """Minutes of each part: PART=N as said; a bare number is the whole call's, which the others share."""
     total, named = 9.5, dict[str, float]()
     for word in words:
-        part, _, number = word.rpartition("=")
+        part, named_one, number = word.rpartition("=")
         try:
             minutes = float(number)
         except ValueError:
             minutes = math.nan
-        if not 0 <= minutes < math.inf or (part and part not in parts):
+        if not 0 <= minutes < math.inf or (named_one and part not in parts):
             raise UserError(
                 f"--minutes {word}: give a number >= 0 for the whole call, or PART=NUMBER with a part of "
                 f"--parts ({', '.join(parts)})"
             )
-        if part:
+        if named_one:
             named[part] = minutes
         else:
             total = minutes
