@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_suite.py                                       # all parts, 9.5 minutes
     python benchmarks/gpu_suite.py --parts lm,samples --minutes 9 samples=1.5
-    python benchmarks/gpu_suite.py --parts ablations --seeds 0 1 2 --results $OUT
+    python benchmarks/gpu_suite.py --parts ablations --seeds 1 2 --results $OUT  # more seeds in another call
     python benchmarks/gpu_suite.py --minutes 0                           # only looks for what is missing
     JAX_PLATFORMS=cpu python benchmarks/gpu_suite.py --toy               # does it run? on any machine
 
@@ -12,8 +12,9 @@ lm          configs/infinito.py: dev perplexity by epoch, test perplexity      w
 samples     what that checkpoint writes, in the results, beside human text     lm, in this call or before
 ablations   Infinito's and Indra's switches at a shorter length, dev only      wikitext-2, alpaca
 speed       training and greedy generation beside PyTorch on the same GPU      the extra `peers`
-reranker    the default recipe, the general one uncapped, the grid of heads    conala, wikiqa, scifact,
+reranker    the default recipe, the general one uncapped                       conala, wikiqa, scifact,
                                                                                nfcorpus
+heads       the grid of scripts/ablate.py on the default recipe
 
 Data lie in $RESONANCE_DATA. What is missing is told before anything is trained. A part's time that an earlier
 one leaves is its own; a training that runs out of time ends at its next dev evaluation, and what there is no
@@ -68,13 +69,13 @@ from common.language.workflow import TrainedLanguageRun, perplexities, train_lan
 from common.reranker.ablation import HEAD_VARIANTS, grid, read_outcomes, results
 from common.reranker.prepare import resolve_base
 from common.reranker.workflow import cut_short, train_recipe
-from common.runs import RESULTS_FILE, read_metrics
+from common.runs import RESULTS_FILE, git_commit, read_metrics
 from scripts import ablate
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKEND = "jax"
 # part -> its share of the time when nothing else is said
-PARTS = {"lm": 4.0, "samples": 0.75, "ablations": 2.0, "speed": 0.75, "reranker": 2.0}
+PARTS = {"lm": 4.0, "samples": 0.75, "ablations": 2.0, "speed": 0.75, "reranker": 1.0, "heads": 1.0}
 TRAINING_SHARE = 0.75  # of the minutes that are left; the rest is for evaluation
 # dense bfloat16 FLOP/s by JAX's device_kind, from the makers' data sheets
 PEAK_BF16 = {
@@ -266,7 +267,7 @@ def checks(part: str, plan: Plan, runs: Path, *, with_lm: bool) -> Iterator[Call
         yield functools.partial(checkpoint_there, runs / plan.lm.name)
     if part == "speed":
         yield functools.partial(peers_there, plan.real)
-    for config in plan.rerankers if part == "reranker" else ():
+    for config in {"reranker": plan.rerankers, "heads": (plan.heads,)}.get(part, ()):
         yield functools.partial(resolve_base, config, say=_quiet)
         yield functools.partial(resolve_model, config.data.encoder, say=_quiet)
         # pydocs is on every machine, and takes a while to read
@@ -329,11 +330,13 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """What every part is made from."""
+    """What every part is made from; `tools` are the data and encoders that rerankers share."""
 
     plan: Plan
     runs: Path
     seeds: tuple[int, ...]
+    record: Record
+    tools: ablate.Tools
 
     def jobs(self, part: str) -> Iterator[Job]:
         made: Iterator[Job] = getattr(self, part)()
@@ -347,15 +350,13 @@ class Suite:
 
     def ablations(self) -> Iterator[Job]:
         """Seeds come first, so that a part that ends early compares all switches."""
-        found: dict[str, dict[str, dict[int, Row]]] = {}
+        found = {title: self._measured(title) for title in ("infinito", "indra")}
         for seed in self.seeds:
             for title, switches in (("infinito", self.plan.infinito), ("indra", self.plan.indra)):
                 if title == "indra" and seed == self.seeds[0]:
                     yield Job("indra, teacher", self._teacher, "teacher")
                 for name, item in switches.items():
-                    run = functools.partial(
-                        self._switch, title, name, item, seed, found.setdefault(title, {})
-                    )
+                    run = functools.partial(self._switch, title, name, item, seed, found[title])
                     yield Job(f"{title}, {name}, seed {seed}", run, title)
 
     def speed(self) -> Iterator[Job]:
@@ -372,16 +373,16 @@ class Suite:
         yield Job("generation", lambda _: list(lm_generation.measured(generation)), "generation")
 
     def reranker(self) -> Iterator[Job]:
-        tools = ablate.Tools(BACKEND)
         for config in self.plan.rerankers:
-            run = functools.partial(self._reranker, config, tools)
-            yield Job(config.name, run, config.name)
+            yield Job(config.name, functools.partial(self._reranker, config), config.name)
+
+    def heads(self) -> Iterator[Job]:
         jobs = grid([self.plan.heads], (), self.plan.variants, self.seeds)
         options = ablate.Options(runs=self.runs / "heads", backend=BACKEND)
         for job in jobs:
             yield Job(
-                f"head {job.variant}, seed {job.seed}",
-                lambda _, job=job: head_rows(job, jobs, options, tools),
+                f"{job.variant}, seed {job.seed}",
+                lambda _, job=job: head_rows(job, jobs, options, self.tools),
                 "head",
             )
 
@@ -413,19 +414,28 @@ class Suite:
         found: dict[str, dict[int, Row]],
         minutes: float,
     ) -> list[Row]:
-        base = item.base and item.base.format(seed=seed)
+        base = item.base and item.base.replace("{seed}", str(seed))
         seeded = item.changed(name=f"{item.name}-s{seed}", base=base, train={"seed": seed})
         trained = self._trained(seeded, minutes, test=False)
         said = whole(trained)
         prepared = prepare_language(seeded, say=_quiet)
         scorer = language_module(BACKEND, "language_scoring").load_segment_scorer(trained.best)
         modes = perplexities(scorer, prepared, "dev", item.evaluation.batch_size, item.evaluation.stride)
-        found.setdefault(name, {})[seed] = switch_values(modes) | {"training": said}
+        found.setdefault(name, {})[seed] = switch_values(modes) | {"training": said, "commit": git_commit()}
         return switch_rows(title, found, reference=next(iter(getattr(self.plan, title))))
 
-    def _reranker(self, config: RerankerConfig, tools: ablate.Tools, minutes: float) -> list[Row]:
+    def _measured(self, title: str) -> dict[str, dict[int, Row]]:
+        """Switch -> seed -> what earlier calls measured of it, with the same length and data."""
+        names = {f"{title}: {name}": name for name in getattr(self.plan, title)}
+        return {
+            names[made["what"]]: {int(seed): value for seed, value in made["measured"].items()}
+            for made in self.record.rows
+            if made["what"] in names
+        }
+
+    def _reranker(self, config: RerankerConfig, minutes: float) -> list[Row]:
         options = RunOptions(self.runs, backend=BACKEND, max_minutes=minutes * TRAINING_SHARE)
-        trained = train_recipe(config, options, tools.data(config.data))
+        trained = train_recipe(config, options, self.tools.data(config.data))
         return list(ranking_rows(config, read_json(trained.folder / RESULTS_FILE)))
 
 
@@ -681,6 +691,16 @@ def write_state(part: str, state: Mapping[str, Any], started: float, record: Rec
     record.add(row(f"part {part}", None, "", **state, seconds=seconds), replace=True)
 
 
+def workload(plan: Plan) -> dict[str, Any]:
+    """What the rows are of; the length of the switches too, whose seeds may come from several calls."""
+    switches = {"infinito": plan.infinito["infinito"].train, "indra": plan.indra["unified"].train}
+    length = ("epochs", "max_steps", "batch_size", "unroll")
+    return {
+        "recipes": "configs/" if plan.real else "toy",
+        **{title: {name: getattr(train, name) for name in length} for title, train in switches.items()},
+    }
+
+
 def tell(rows: Sequence[Row]) -> None:
     for made in rows:
         ours = "not known" if made["ours"] is None else f"{made['ours']:,.4g} {made['unit']}"
@@ -741,10 +761,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not options.toy:
         gpu_there()
     plan = toy(options.runs) if options.toy else full(options.runs)
-    record = Record("gpu_suite", {"toy": options.toy, "recipes": "configs/"}, folder=options.results)
+    record = Record("gpu_suite", workload(plan), folder=options.results)
     if lacking := missing(plan, options.parts, options.runs):
         raise UserError(f"missing; mend it, or leave the part out with --parts:\n{listed(lacking)}")
-    suite = Suite(plan, options.runs, tuple(options.seeds))
+    suite = Suite(plan, options.runs, tuple(options.seeds), record, ablate.Tools(BACKEND))
     states, ends_at = {}, started
     for part in options.parts:
         ends_at += 60 * minutes[part]
