@@ -108,21 +108,21 @@ def test_a_job_is_begun_only_when_there_is_time_for_one_of_its_kind(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["9"], {"lm": 6.0, "reranker": 3.0}),
-        (["lm=5"], {"lm": 5.0, "reranker": 4.5}),
-        (["8", "lm=5"], {"lm": 5.0, "reranker": 3.0}),
-        (["lm=20"], {"lm": 20.0, "reranker": 0.0}),
-        (["0"], {"lm": 0.0, "reranker": 0.0}),
+        (["9"], {"lm": 6.0, "ablations": 3.0}),
+        (["lm=5"], {"lm": 5.0, "ablations": 4.5}),
+        (["8", "lm=5"], {"lm": 5.0, "ablations": 3.0}),
+        (["lm=20"], {"lm": 20.0, "ablations": 0.0}),
+        (["0"], {"lm": 0.0, "ablations": 0.0}),
     ],
 )
 def test_minutes_are_of_the_call_or_of_a_part(words: list[str], expected: dict[str, float]) -> None:
-    assert budgets(words, ["lm", "reranker"]) == pytest.approx(expected)
+    assert budgets(words, ["lm", "ablations"]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("word", ["-1", "nan", "inf", "soon", "lm=", "speed=1", "=3"])
 def test_minutes_that_are_none_are_refused(word: str) -> None:
-    with pytest.raises(UserError, match=r"--minutes .*lm, reranker"):
-        budgets([word], ["lm", "reranker"])
+    with pytest.raises(UserError, match=r"--minutes .*lm, ablations"):
+        budgets([word], ["lm", "ablations"])
 
 
 # --- what is missing ---
@@ -275,6 +275,7 @@ def test_a_call_of_no_minutes_says_what_was_not_run(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_all_parts_in_one_call(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch", reason="the peer: install the extra `peers`")
     toy, config = gpu_suite.toy, world.config(max_steps=2, evaluations=1)
