@@ -38,7 +38,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -73,7 +73,7 @@ from common.runs import RESULTS_FILE, git_commit, read_metrics
 from scripts import ablate
 
 ROOT = Path(__file__).resolve().parents[1]
-BACKEND = "jax"
+BACKEND: Final = "jax"
 # part -> its share of the time when nothing else is said
 PARTS = {"lm": 4.0, "samples": 0.75, "ablations": 2.0, "speed": 0.75, "reranker": 1.0, "heads": 1.0}
 TRAINING_SHARE = 0.75  # of the minutes that are left; the rest is for evaluation
@@ -540,7 +540,7 @@ def sample_row(plan: Plan, runs: Path) -> Row:
     prepared = prepare_language(plan.lm, say=_quiet)
     tokenizer, unknown = prepared.tokenizer, prepared.tokenizer.unknown_ids
     generator = load_generator(runs / plan.lm.name, BACKEND)
-    sizes = {"prompt_tokens": plan.prompt_tokens, "new_tokens": plan.new_tokens}
+    sizes: dict[str, Any] = {"prompt_tokens": plan.prompt_tokens, "new_tokens": plan.new_tokens}
     prompts = split_prompts(prepared.split("dev"), count=plan.samples, seed=0, **sizes)
     sampling = SamplingConfig(max_new_tokens=plan.new_tokens, temperature=1.0, banned=unknown)
     metrics = {"human text": human_metrics(prompts, tokenizer)}
