@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,16 +34,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = ("vocab_size", "hidden_size", "layers", "heads", "prompt_tokens", "new_tokens", "repetitions")
     workload = {name: getattr(options, name) for name in names}
     record = Record("lm_generation", workload, folder=Path(options.results))
-    with tempfile.TemporaryDirectory() as folder, Peer(serve_peer, folder, llama(options)) as peer:
-        peer.run("write", None)
-        for rows in options.batch:
-            row = measure(Path(folder), peer, rows, options)
-            record.add(row, replace=True)
-            print(
-                f"{row['what']}: {row['ours']:,.0f} against {row['peer']:,.0f} {row['unit']}, ratio "
-                f"{row['ratio']:.2f}; by CPU time {row['cpu_ratio']:.2f}; {row['equal_tokens']:.1%} equal",
-                flush=True,
-            )
+    for row in measured(options):
+        record.add(row, replace=True)
+        print(
+            f"{row['what']}: {row['ours']:,.0f} against {row['peer']:,.0f} {row['unit']}, ratio "
+            f"{row['ratio']:.2f}; by CPU time {row['cpu_ratio']:.2f}; {row['equal_tokens']:.1%} equal",
+            flush=True,
+        )
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -82,6 +79,14 @@ def llama(options: argparse.Namespace) -> dict[str, Any]:
         "max_position_embeddings": options.prompt_tokens + options.new_tokens,
         "tie_word_embeddings": True,
     }
+
+
+def measured(options: argparse.Namespace) -> Iterator[Row]:
+    """A row for each batch size, as it is measured."""
+    with tempfile.TemporaryDirectory() as folder, Peer(serve_peer, folder, llama(options)) as peer:
+        peer.run("write", None)
+        for rows in options.batch:
+            yield measure(Path(folder), peer, rows, options)
 
 
 class Endless:

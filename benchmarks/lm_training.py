@@ -51,6 +51,8 @@ class Shape:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parsed(argv)
     workload = {name: getattr(options, name) for name in ("data", "steps", "repetitions", "batch_size")}
+    if options.recipe != "infinito_small":
+        workload["recipe"] = options.recipe
     record = Record("lm_training", workload, folder=Path(options.results))
     for name in options.models:
         row = measure(name, options)
@@ -68,6 +70,9 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--data", default="pydocs", help="a corpus, as train.py's --data.name")
+    parser.add_argument(
+        "--recipe", default="infinito_small", choices=("infinito_small", "infinito"), help="small or 71 M"
+    )
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--steps", type=int, default=3, help="steps in a repetition")
     parser.add_argument("--repetitions", type=int, default=5)
@@ -86,7 +91,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def speed_recipe(name: str, options: argparse.Namespace) -> LanguageRecipe:
     """The recipe whose steps are timed."""
-    file, preset = ("indra.py", "small") if name == "indra" else ("infinito_small.py", None)
+    file, preset = ("indra.py", "small") if name == "indra" else (f"{options.recipe}.py", None)
     recipe: Any = load_recipe(str(ROOT / "configs" / file), preset)
     if name == "transformer":
         recipe = recipe.changed(model={"architecture": "transformer"})

@@ -447,6 +447,8 @@ class RunOptions:
     """Evaluate the test split at the end; without, a run ends with its checkpoints."""
     evaluate_start: bool = False
     """Put the untrained start into that table too."""
+    max_minutes: float | None = None
+    """End the training at its first evaluation after so many minutes, and go on as at its end."""
     coordinator: str | None = None
     """HOST:PORT of process 0, where several processes train one run (JAX); srun and mpirun tell it."""
     processes: int | None = None

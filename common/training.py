@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -148,12 +149,14 @@ class TrainingLoop(Generic[Result, Batch]):
 
     # --- the loop ---
 
-    def run(self, folder: RunFolder) -> dict[str, Any]:
+    def run(self, folder: RunFolder, max_minutes: float | None = None) -> dict[str, Any]:
         """Train to the end; returns the summary that results.json holds.
 
+        After `max_minutes` the first evaluation is the end: the summary's `stopped` says "time" then.
         KeyboardInterrupt after a stop, whose state is saved; UserError for scores or losses that are broken.
         """
         self.folder = folder
+        self._ends_at = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
         with contextlib.closing(self._states(folder.state)) as states, interruptible() as stop:
             notes = self._restore(states)
             if not notes.get("stopped"):
@@ -189,8 +192,8 @@ class TrainingLoop(Generic[Result, Batch]):
                 evaluates = self._evaluates_after(step)
                 if step % self.log_every == 0 or step in (1, self.steps) or evaluates:
                     bar.update(step, self._log(step, logged, batch))
-                if evaluates and self._evaluate(step, notes):
-                    ends = notes["stopped"] = True
+                if evaluates and (reason := self._evaluate(step, notes)):
+                    ends, notes["stopped"] = True, reason
                 ends = self._asked_to_stop(step, stop) or ends
                 if self._state_is_due(step) or step == self.steps or ends:
                     finite(step, logged, self.finite_advice)
@@ -207,8 +210,8 @@ class TrainingLoop(Generic[Result, Batch]):
             return False
         return self.processes.any(stop[0])
 
-    def _evaluate(self, step: int, notes: Notes) -> bool:
-        """Measure, keep the best checkpoint; true when training should stop early."""
+    def _evaluate(self, step: int, notes: Notes) -> str | None:
+        """Measure, keep the best checkpoint; why training should stop early, None when it should go on."""
         result = self._measure()
         self._last = (step, result)
         self._tell(step, result, notes)
@@ -219,10 +222,13 @@ class TrainingLoop(Generic[Result, Batch]):
         else:
             notes["waited"] += 1
         patience = self._pace.patience
-        if patience is None or notes["waited"] < patience:
-            return False
-        self.say(f"no better dev result in {patience} evaluations: stopped early at step {step}")
-        return True
+        if patience is not None and notes["waited"] >= patience:
+            self.say(f"no better dev result in {patience} evaluations: stopped early at step {step}")
+            return "patience"
+        if step < self.steps and self.processes.any(time.monotonic() >= self._ends_at):
+            self.say(f"the time is up: stopped at step {step} of {self.steps}")
+            return "time"
+        return None
 
     def _finish(self, notes: Notes) -> dict[str, Any]:
         """Write final/, the last parameters; best/ holds those that were best on dev."""
@@ -231,7 +237,8 @@ class TrainingLoop(Generic[Result, Batch]):
             self._last = (step, self._measure())
         self._save(self.folder.final, step, self._last[1])
         best = {"best_step": notes["best_step"], "best_dev": notes["best"]}
-        return {"steps": step} | best | self._summary(notes)
+        ended = {"steps": step, "planned_steps": self.steps, "stopped": notes.get("stopped")}
+        return ended | best | self._summary(notes)
 
     def _save(self, directory: Path, step: int, result: Result) -> None:
         with self.processes.together():

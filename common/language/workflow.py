@@ -34,6 +34,9 @@ class TrainedLanguageRun:
     folder: Path
     tables: list[Table]  # of the test split; empty when that was not evaluated
     finished_before: bool  # nothing was trained now
+    training: dict[
+        str, Any
+    ]  # steps, planned_steps, stopped (early: "patience" or "time"), best_step, best_dev
 
     @property
     def best(self) -> Path:
@@ -57,7 +60,7 @@ def train_language(
         None if options.fresh else finished_results(options.runs, recipe.name, settings, prepared.fingerprint)
     )
     if finished is not None:
-        return TrainedLanguageRun(place, finished["tables"], True)
+        return TrainedLanguageRun(place, finished["tables"], True, finished["training"])
     inputs = run_inputs(recipe, options, place)
     device = accelerator(options.backend)
     say(environment_line(environment(device)))
@@ -71,7 +74,7 @@ def train_language(
         inputs=inputs,
         device=device,
     ) as folder:
-        summary = trainer.run(folder)
+        summary = trainer.run(folder, options.max_minutes)
         figure = "score" if recipe.train.best == "score" else "perplexity a token"
         say(
             f"best on dev: step {summary['best_step']}, {figure} {summary['best_dev']:.4g}"
@@ -83,7 +86,7 @@ def train_language(
         folder.write_json(INSPECTION_FILE, inspect_model(scorer, prepared.tokenizer, ids))
         tables = evaluate_best(recipe, options, prepared, folder, summary, scorer)
         write_report(folder.path)
-    return TrainedLanguageRun(folder.path, tables, False)
+    return TrainedLanguageRun(folder.path, tables, False, summary)
 
 
 def prepare(recipe: LanguageRecipe, *, say: Callable[[str], None]) -> tuple[LanguageRecipe, PreparedLanguage]:

@@ -118,7 +118,7 @@ def train_recipe(
         with processes.together():
             if config.retrain.analyze_existing and processes.first:
                 analyse_original(config, prepared, folder, options.backend, say)
-        summary = trainer.run(folder)
+        summary = trainer.run(folder, options.max_minutes)
         with processes.together():  # the others wait: a process that ends early would end the run
             if processes.first:
                 if summary["best_dev"] is not None:  # of several processes of MLX the leader alone scores dev

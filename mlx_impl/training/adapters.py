@@ -130,11 +130,11 @@ class AdapterTrainer(TrainingLoop[Logged, int]):
         """Validation figures; `loss` or `score`, whichever training.best names, chooses best/."""
         raise NotImplementedError
 
-    def run(self, folder: RunFolder) -> dict[str, Any]:
-        """Train to the end; returns the summary. KeyboardInterrupt after a stop, whose state is saved."""
+    def run(self, folder: RunFolder, max_minutes: float | None = None) -> dict[str, Any]:
+        """See TrainingLoop."""
         self.model.train()
         with checkpointed(self.model, self.config):
-            return super().run(folder)
+            return super().run(folder, max_minutes)
 
     def _states(self, folder: Path) -> StateFolder:
         return StateFolder(folder, self.config.training.save_total_limit)

@@ -42,8 +42,9 @@ def train(config: Any, runs: Path, **how: Any) -> tuple[dict[str, Any], Path, li
     said: list[str] = []
     prepared = prepare_language(config.validate(), say=said.append)
     trainer = how.pop("trainer", LanguageTrainer)(config, prepared, say=said.append)
+    minutes = how.pop("minutes", None)
     with RunFolder.create(runs, config.name, to_dict(config), **how) as folder:
-        summary = trainer.run(folder)
+        summary = trainer.run(folder, minutes)
     return summary, folder.path, said
 
 
@@ -97,6 +98,18 @@ def test_a_run_without_progress_stops_early_and_keeps_its_best(corpus: Path, tmp
     summary, _, said = train(config, tmp_path)
     assert summary["steps"] < 40 and summary["best_step"] == summary["steps"] - 4
     assert any(line.startswith("no better dev result in 2 evaluations") for line in said)
+
+
+def test_a_run_whose_time_is_up_ends_at_its_next_evaluation_and_is_finished(
+    corpus: Path, tmp_path: Path
+) -> None:
+    config = recipe("decoder", corpus, max_steps=8, evaluations=4)
+    summary, folder, said = train(config, tmp_path, minutes=0.0)
+    assert (summary["steps"], summary["planned_steps"], summary["stopped"]) == (2, 8, "time")
+    assert summary["best_step"] == 2 and (folder / "best").is_dir() and (folder / "final").is_dir()
+    assert "the time is up: stopped at step 2 of 8" in said
+    again, _, _ = train(config, tmp_path)
+    assert again == summary
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_what_to_do(corpus: Path, tmp_path: Path) -> None:
