@@ -145,7 +145,7 @@ class MlxRun(Run):
         import mlx.core as mx
 
         loop = self.backend.module("training.loop")
-        loop._freeze(self.model, loop._learns(self.config))
+        self.backend.module("models.lora").freeze(self.model, loop._learns(self.config))
         key = None if seed is None else mx.random.key(seed)
         self._compiled = self.module.make_step(
             self.config, self.module.TrainState(self.model, optimizer), key

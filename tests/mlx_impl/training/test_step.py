@@ -15,7 +15,8 @@ import mlx.core as mx
 from common.config import ModelConfig, RerankerConfig
 from mlx_impl.loading import load_cross_encoder
 from mlx_impl.models.cross_encoder import CrossEncoder
-from mlx_impl.training.loop import _freeze, _learns
+from mlx_impl.models.lora import freeze
+from mlx_impl.training.loop import _learns
 from mlx_impl.training.optimizer import make_optimizer
 from mlx_impl.training.step import Batch, Moment, TrainState, make_step
 from tests.parity.backends import Mlx
@@ -55,7 +56,7 @@ def one_step(
     rates = config.train.hidden_dropout, config.train.attention_dropout
     model = load_cross_encoder(world.base, ModelConfig(), dropout=rates).model
     model.resonance.u = 0.3 * mx.random.normal((32,), key=mx.random.key(1))  # so that every term counts
-    _freeze(model, _learns(config))
+    freeze(model, _learns(config))
     state = TrainState(model, make_optimizer(config.train, 10))
     step = make_step(config, state, mx.random.key(seed % 2**31) if rates[0] else None)
     rng = np.random.default_rng(seed)
