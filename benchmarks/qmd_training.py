@@ -316,7 +316,8 @@ class TheirGrpo:
         self.model, self.options = loaded.model, options
         self.reference = load_base(Origin(base)).model
         tokenizer = load_tokenizer(base)
-        self.tokenizer = TokenizerWrapper(tokenizer, eos_token_ids=[10**9])  # nothing ends a completion
+        self.tokenizer = TokenizerWrapper(tokenizer)
+        self.tokenizer.eos_token_ids = [10**9]  # nothing ends a completion
         rows = load_expansions("generated").train
         self.data = [(prompts.prompt(row.query), [0], row.query, "", None) for row in rows]
         self.run()
