@@ -59,11 +59,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument(
+        "--system", choices=["mixed", "none"], default="mixed", help="QMD's system prompt, as in the recipes"
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="rows of an SFT step")
     parser.add_argument("--steps", type=int, default=20, help="SFT steps of a repetition")
     parser.add_argument("--prompts", type=int, default=4, help="prompts of a GRPO step")
     parser.add_argument("--group", type=int, default=4, help="completions of a prompt")
-    parser.add_argument("--tokens", type=int, default=64, help="length of a completion")
+    parser.add_argument("--tokens", type=int, default=200, help="length of a completion")
     parser.add_argument("--grpo-steps", type=int, default=3, help="GRPO steps of a repetition")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--no-grpo", dest="grpo", action="store_false", help="SFT alone")
@@ -145,8 +148,8 @@ class OurSft:
             config.training, epochs=1000.0, batch_size=size, gradient_accumulation_steps=1, packing=packed
         )
         training = replace(training, learning_rate=RATE)
-        config = replace(config, training=training, prompt=replace(config.prompt, system="none"))
-        loaded, prompts = _adapted(base)
+        config = replace(config, training=training, prompt=replace(config.prompt, system=options.system))
+        loaded, prompts = _adapted(base, options.system)
         self.trainer = SftTrainer(config, loaded, prompts, data, say=lambda _: None)
         self.trainer.model.train()
         self.steps, self.done = options.steps, 0
@@ -173,7 +176,7 @@ class OurGrpo:
         completions = options.prompts * options.group
         config = replace(
             config,
-            prompt=replace(config.prompt, system="none"),
+            prompt=replace(config.prompt, system=options.system),
             training=replace(
                 config.training,
                 **{"epochs": 1000.0, "max_steps": None, "batch_size": options.prompts},
@@ -182,7 +185,7 @@ class OurGrpo:
             grpo=replace(config.grpo, num_generations=options.group, max_completion_length=options.tokens),
         )
         assert config.completions == completions
-        loaded, prompts = _adapted(base)
+        loaded, prompts = _adapted(base, options.system)
         prompts.end_id = -1  # nothing ends a completion
         rows = load_expansions("generated").train
         rewards = {"vowels": (1.0, lambda pairs: [vowels(text) for _, text in pairs])}
@@ -225,13 +228,13 @@ def _same_length(found: float, wanted: float) -> None:
         raise UserError(f"completions of {found} tokens instead of {wanted}: the two sides differ.")
 
 
-def _adapted(base: Path) -> tuple[Any, ExpansionPrompts]:
+def _adapted(base: Path, system: Any) -> tuple[Any, ExpansionPrompts]:
     from common.expansion.config import LoraConfig
     from mlx_impl.models.qwen import Origin, add_lora, load_base
 
     loaded = load_base(Origin(base))
     add_lora(loaded, LoraConfig(rank=RANK, alpha=ALPHA), SEED)
-    return loaded, ExpansionPrompts(load_tokenizer(base), system="none")
+    return loaded, ExpansionPrompts(load_tokenizer(base), system=system)
 
 
 # --- the peers, in their own processes ---
@@ -269,9 +272,9 @@ class TheirSft:
     def __init__(self, base: Path, options: argparse.Namespace) -> None:
         from mlx_lm.tuner.datasets import CacheDataset
 
-        loaded, prompts = _adapted(base)
+        loaded, prompts = _adapted(base, options.system)
         self.model, self.options = loaded.model, options
-        examples = [prompts.example(row) for row in load_expansions("generated").train]
+        examples = [prompts.example(row, i) for i, row in enumerate(load_expansions("generated").train)]
 
         class Rows(list):
             def process(self, row: Any) -> Any:
@@ -312,14 +315,17 @@ class TheirGrpo:
 
         from mlx_impl.models.qwen import Origin, load_base
 
-        loaded, prompts = _adapted(base)
+        loaded, prompts = _adapted(base, options.system)
         self.model, self.options = loaded.model, options
         self.reference = load_base(Origin(base)).model
         tokenizer = load_tokenizer(base)
         self.tokenizer = TokenizerWrapper(tokenizer)
         self.tokenizer.eos_token_ids = [10**9]  # nothing ends a completion
         rows = load_expansions("generated").train
-        self.data = [(prompts.prompt(row.query), [0], row.query, "", None) for row in rows]
+        self.data = [
+            (prompts.prompt(row.query, consumer=options.system != "none"), [0], row.query, "", None)
+            for row in rows
+        ]
         self.run()
 
     def run(self) -> tuple[float, float]:

@@ -26,7 +26,14 @@ from common.expansion.qmd import Sampling
 from common.metrics.expansion import score
 from common.metrics.significance import bootstrap_interval, paired_randomisation
 from common.training import Notes
-from mlx_impl.models.qwen import ADAPTER_FILE, LanguageModel, adapter_tensors, without_adapter
+from mlx_impl.models.qwen import (
+    ADAPTER_FILE,
+    LanguageModel,
+    adapter_tensors,
+    head,
+    hidden_states,
+    without_adapter,
+)
 from mlx_impl.training.adapters import AdapterTrainer, Logged
 from mlx_impl.training.generation import Continuation, generate, greedy
 
@@ -39,9 +46,10 @@ class Completions(NamedTuple):
     """N completions with their prompts as arrays, padded behind with 0."""
 
     ids: mx.array  # [N, S]
-    mask: mx.array  # [N, S - 1]: whether token s + 1 is the completion's
+    places: mx.array  # [N, T]: the places before the completion's tokens; the head is computed there alone
+    mask: mx.array  # [N, T]: which of them count
     advantages: mx.array  # [N]
-    weights: mx.array  # [N, S - 1]: what a token's loss counts in the step's
+    weights: mx.array  # [N, T]: what a token's loss counts in the step's
 
 
 class GrpoTrainer(AdapterTrainer):
@@ -97,7 +105,7 @@ class GrpoTrainer(AdapterTrainer):
         advantages, silent = group_advantages(total, self.settings.grpo)
         batches = self._parts(queries, written, advantages)
         seed = self.settings.training.seed * 1_000_003 + step
-        before = [self._score(batch, seed) for batch in batches]
+        before = [self._before(batch, seed) for batch in batches]
         logged = self._update(batches, before, seed)
         self._guard(step, silent, logged["kl"])
         tokens = sum(len(row.ids) for row in written)
@@ -106,7 +114,6 @@ class GrpoTrainer(AdapterTrainer):
             "reward_std": float(total.std()),
             **{f"reward_{name}": float(values.mean()) for name, values in parts.items()},
             **logged,
-            "entropy": _mean([entropy for _, _, entropy in before], [batch.mask for batch in batches]),
             "no_signal": silent,
             "truncated": float(np.mean([not row.ended for row in written])),
             "invalid": float(np.mean(self._invalid(queries, written))),
@@ -204,9 +211,9 @@ class GrpoTrainer(AdapterTrainer):
         batches = self._parts(queries, written, np.zeros(len(written)))
         temperature, found = self.settings.generation.temperature, []
         for batch in batches:
-            own, _ = log_probs(self.model, batch.ids, temperature)
+            own, _ = log_probs(self.model, batch.ids, batch.places, temperature)
             with without_adapter(self.model):
-                reference, _ = log_probs(self.model, batch.ids, temperature)
+                reference, _ = log_probs(self.model, batch.ids, batch.places, temperature)
             apart = reference - own
             found.append(mx.exp(apart) - apart - 1)
             mx.eval(found[-1])
@@ -241,37 +248,40 @@ class GrpoTrainer(AdapterTrainer):
         parts = [slice(first, first + size) for first in range(0, len(rows), size)]
         return [_padded(rows[part], counts[part], weights[part], advantages[part]) for part in parts]
 
-    def _score(self, batch: Completions, seed: int) -> tuple[mx.array, mx.array, mx.array]:
-        """Log-probabilities before the update and of the reference, and entropies, each [N, S - 1].
+    def _before(self, batch: Completions, seed: int) -> tuple[mx.array | None, mx.array]:
+        """Log-probabilities [N, T] before the update, None where it is the only one, and of the reference.
 
         Dropout's mask is that of the first update: the ratio measures the update alone.
         """
-        mx.random.seed(seed)
-        old, entropy = self._log_probs(batch.ids)
-        mx.eval(old, entropy)
+        old = None
+        if self.settings.grpo.num_iterations > 1:
+            mx.random.seed(seed)
+            old = self._log_probs(batch)
+            mx.eval(old)
         with without_adapter(self.model):
-            reference, _ = self._reference(batch.ids)
+            reference = self._reference(batch)
             mx.eval(reference)
-        return old, reference, entropy
+        return old, reference
 
     def _update(
-        self, batches: Sequence[Completions], before: Sequence[tuple[mx.array, mx.array, mx.array]], seed: int
+        self, batches: Sequence[Completions], before: Sequence[tuple[mx.array | None, mx.array]], seed: int
     ) -> Logged:
         """The updates of one step; what is logged is of the first but for `clipped`, of the last."""
         logged: Logged = {}
+        tokens = max(1, sum(int(batch.mask.sum()) for batch in batches))
         for iteration in range(self.settings.grpo.num_iterations):
-            sums, gradients = np.zeros(3), None
-            for batch, (old, reference, _) in zip(batches, before, strict=True):
+            sums, gradients = np.zeros(4), None
+            for batch, (old, reference) in zip(batches, before, strict=True):
                 mx.random.seed(seed)
-                (loss, kl, clipped), found = self._gradient(batch, old, reference)
+                values, found = self._gradient(batch, old, reference)
                 gradients = found if gradients is None else tree_map(mx.add, gradients, found)
-                mx.eval(loss, kl, clipped, gradients)
-                sums += (float(loss), float(kl), float(clipped))
-            tokens = max(1, sum(int(batch.mask.sum()) for batch in batches))
+                mx.eval(values, gradients)
+                sums += [float(value) for value in values]
             norm = float(self.update(gradients))
+            loss, (kl, clipped, entropy) = sums[0], sums[1:] / tokens
             if iteration == 0:
-                logged = {"loss": sums[0], "kl": sums[1] / tokens, "gradient_norm": norm}
-            logged["clipped"] = sums[2] / tokens
+                logged = {"loss": loss, "kl": kl, "entropy": entropy, "gradient_norm": norm}
+            logged["clipped"] = clipped
         return logged
 
     def _guard(self, step: int, silent: float, kl: float) -> None:
@@ -346,15 +356,19 @@ def token_weights(counts: Sequence[int], policy: PolicyConfig, batch_size: int) 
     return 1.0 / (len(starts) * np.maximum(tokens, 1))
 
 
-def log_probs(model: Any, ids: mx.array, temperature: float) -> tuple[mx.array, mx.array]:
-    """Of each token but the first of ids [N, S], its log-probability and the entropy it was drawn with,
-    [N, S - 1].
+def log_probs(model: Any, ids: mx.array, places: mx.array, temperature: float) -> tuple[mx.array, mx.array]:
+    """Of the tokens of ids [N, S] after `places` [N, T], their log-probabilities and the entropies they were
+    drawn with, without a gradient, [N, T].
     """
-    logits = model(ids[:, :-1]).astype(mx.float32) / temperature  # [N, S - 1, V]
-    norm = mx.logsumexp(logits, axis=-1)  # [N, S - 1]
-    chosen = mx.take_along_axis(logits, ids[:, 1:, None], axis=-1)[..., 0]
-    expected = (mx.exp(logits - norm[..., None]) * logits).sum(axis=-1)
-    return chosen - norm, norm - expected
+    hidden = hidden_states(model, ids[:, :-1])  # [N, S - 1, D]
+    logits = head(model, mx.take_along_axis(hidden, places[..., None], axis=1))  # [N, T, V]
+    logits = logits.astype(mx.float32) / temperature
+    norm = mx.logsumexp(logits, axis=-1)  # [N, T]
+    drawn = mx.take_along_axis(ids, places + 1, axis=1)
+    chosen = mx.take_along_axis(logits, drawn[..., None], axis=-1)[..., 0]
+    fixed, whole = mx.stop_gradient(logits), mx.stop_gradient(norm)
+    expected = (mx.exp(fixed - whole[..., None]) * fixed).sum(axis=-1)
+    return chosen - norm, whole - expected
 
 
 def policy_loss(
@@ -362,7 +376,7 @@ def policy_loss(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """The clipped loss, weighed, with beta times the k3 KL; the summed KL; tokens whose clip acts.
 
-    All log-probabilities [N, S - 1]. Per token: -min(ratio A, clip(ratio) A) + beta (e^d - d - 1) with
+    All log-probabilities [N, T]. Per token: -min(ratio A, clip(ratio) A) + beta (e^d - d - 1) with
     d = reference - new. With importance_sampling_level `sequence` the ratio is e^(mean over the completion
     of new - old).
     """
@@ -382,33 +396,36 @@ def policy_loss(
     return loss, (kl * batch.mask).sum(), acts.sum()
 
 
-def make_log_probs(model: Any, temperature: float) -> Callable[[mx.array], tuple[mx.array, mx.array]]:
-    """`log_probs`, compiled."""
+def make_log_probs(model: Any, temperature: float) -> Callable[[Completions], mx.array]:
+    """The log-probabilities of `log_probs`, compiled."""
 
     @partial(mx.compile, inputs=[model.state, mx.random.state], outputs=[mx.random.state])
-    def run(ids: mx.array) -> tuple[mx.array, mx.array]:
-        return log_probs(model, ids, temperature)
+    def run(ids: mx.array, places: mx.array) -> mx.array:
+        return log_probs(model, ids, places, temperature)[0]
 
-    return run
+    return lambda batch: run(batch.ids, batch.places)
 
 
-Found = tuple[tuple[mx.array, mx.array, mx.array], Any]
+Found = tuple[tuple[mx.array, ...], Any]
 
 
 def make_gradient(
     model: Any, policy: PolicyConfig, temperature: float
-) -> Callable[[Completions, mx.array, mx.array], Found]:
-    """A compiled (batch, old, reference) -> what policy_loss returns, and the gradient of its loss."""
+) -> Callable[[Completions, mx.array | None, mx.array], Found]:
+    """A compiled (batch, old, reference) -> what policy_loss returns and the summed entropy, and the gradient
+    of the loss. Without `old` the model is where it was: the ratio is 1, its gradient that of the policy.
+    """
 
-    def total(batch: Completions, old: mx.array, reference: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        new, _ = log_probs(model, batch.ids, temperature)
-        return policy_loss(new, old, reference, batch, policy)
+    def total(batch: Completions, old: mx.array | None, reference: mx.array) -> tuple[mx.array, ...]:
+        new, entropy = log_probs(model, batch.ids, batch.places, temperature)
+        old = mx.stop_gradient(new) if old is None else old
+        return *policy_loss(new, old, reference, batch, policy), (entropy * batch.mask).sum()
 
     value_and_gradient = nn.value_and_grad(model, total)
     captured = [model.state, mx.random.state]
 
     @partial(mx.compile, inputs=captured, outputs=[mx.random.state])
-    def gradient(old: mx.array, reference: mx.array, *batch: mx.array) -> Found:
+    def gradient(old: mx.array | None, reference: mx.array, *batch: mx.array) -> Found:
         before = model.trainable_parameters()
         found = value_and_gradient(Completions(*batch), old, reference)
         model.update(before)  # else what the trace has put there would stay
@@ -424,16 +441,20 @@ def _padded(
     advantages: np.ndarray,
 ) -> Completions:
     longest = max(len(prompt) + len(ids) for prompt, ids in rows)
-    length = 1 + PADDED_TO * math.ceil((longest - 1) / PADDED_TO)
-    ids = np.zeros((len(rows), length), np.int32)
-    mask = np.zeros((len(rows), length - 1), bool)
-    for place, ((prompt, completion), count) in enumerate(zip(rows, counts, strict=True)):
-        ids[place, : len(prompt) + len(completion)] = [*prompt, *completion]
-        mask[place, len(prompt) - 1 : len(prompt) - 1 + count] = True
-    weighed = mask * weights[:, None]
-    return Completions(
-        mx.array(ids), mx.array(mask), mx.array(advantages, mx.float32), mx.array(weighed, mx.float32)
-    )
+    ids = np.zeros((len(rows), 1 + _padded_length(longest - 1)), np.int32)
+    places = np.zeros((len(rows), _padded_length(max(1, *counts))), np.int32)
+    mask = np.zeros(places.shape, bool)
+    for row, ((prompt, completion), count) in enumerate(zip(rows, counts, strict=True)):
+        ids[row, : len(prompt) + len(completion)] = [*prompt, *completion]
+        places[row, :count] = np.arange(len(prompt) - 1, len(prompt) - 1 + count)
+        mask[row, :count] = True
+    weighed = (mask * weights[:, None]).astype(np.float32)
+    arrays = (ids, places, mask, advantages.astype(np.float32), weighed)
+    return Completions(*map(mx.array, arrays))
+
+
+def _padded_length(tokens: int) -> int:
+    return PADDED_TO * math.ceil(tokens / PADDED_TO)
 
 
 def _mean(values: Sequence[mx.array], masks: Sequence[mx.array]) -> float:

@@ -136,7 +136,7 @@ def test_the_kl_of_the_best_adapter_is_without_dropout(trained: Trained, tmp_pat
     trainer = GrpoTrainer(config, loaded, prompts, queries, queries, reward, data_name="rows", say=silent)
     written = trainer._answers(queries, greedy(8))
     model.train()
-    trainer._score(trainer._parts(queries, written, np.zeros(2))[0], 0)
+    trainer._before(trainer._parts(queries, written, np.zeros(2))[0], 0)
     model.eval()
     parts = []
     for query, row in zip(queries, written, strict=True):
