@@ -121,7 +121,10 @@ def tables_text(tables: Sequence[Table], width: int = 150) -> str:
     from rich.table import Table as Grid
 
     out = io.StringIO()
-    console = Console(file=out, width=width, highlight=False, markup=False, no_color=True)
+    # in a notebook rich would show the text instead of giving it
+    console = Console(
+        file=out, width=width, highlight=False, markup=False, no_color=True, force_jupyter=False
+    )
     for table in tables:
         grid = Grid(box=None, pad_edge=False, header_style="")
         for place, name in enumerate(table["columns"]):

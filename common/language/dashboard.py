@@ -86,9 +86,11 @@ class LanguageRun:
 
 
 def is_language_run(run: Mapping[str, Any]) -> bool:
-    """Whether a run's config.json is of a language model's recipe."""
+    """Whether a run's config.json is of a language model's recipe; that of an expander, whose rows are no
+    corpus, is not."""
     config = run.get("config") or {}
-    return "distillation" in config and isinstance(config.get("model"), Mapping)
+    corpus = "tokenizer" in (config.get("data") or {})
+    return corpus and "distillation" in config and isinstance(config.get("model"), Mapping)
 
 
 def read_run(directory: str | Path) -> LanguageRun:
@@ -103,8 +105,8 @@ def read_run(directory: str | Path) -> LanguageRun:
         raise UserError(f"{directory}: is no run's folder, its config.json says nothing of one")
     if not is_language_run(run):
         raise UserError(
-            f"{directory}: is the run of a reranker, not of a language model: use scripts/analyze.py and "
-            "scripts/evaluate.py for it"
+            f"{directory}: is the run of a reranker or an expander, not of a language model on a corpus: use "
+            "scripts/analyze.py and scripts/evaluate.py, or mlx_impl/eval.py, for it"
         )
     metrics = read_metrics(directory)
     if not metrics:
@@ -146,7 +148,7 @@ def _perplexity_table(run: LanguageRun) -> Table:
         _row("validation, a word", best.get("word_perplexity")),
         _row("validation, bits a byte", best.get("bits_per_byte")),
     ]
-    tests: Sequence[Mapping[str, Any]] = run.results["test"] if run.results else [{"mode": "static"}]
+    tests: Sequence[Mapping[str, Any]] = (run.results or {}).get("test") or [{"mode": "static"}]
     for test in tests:
         rows += [_row(f"test, {test['mode']}, {unit}", test.get(key)) for key, unit in _UNITS]
     return {

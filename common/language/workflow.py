@@ -82,8 +82,9 @@ def train_language(
             else "dev was never measured"
         )
         scorer = language_module(options.backend, "language_scoring").load_segment_scorer(folder.best)
-        ids = longest_document(prepared.split("dev", recipe.data.max_dev_documents))
-        folder.write_json(INSPECTION_FILE, inspect_model(scorer, prepared.tokenizer, ids))
+        if not isinstance(recipe, ExpansionRecipe):
+            ids = longest_document(prepared.split("dev", recipe.data.max_dev_documents))
+            folder.write_json(INSPECTION_FILE, inspect_model(scorer, prepared.tokenizer, ids))
         tables = evaluate_best(recipe, options, prepared, folder, summary, scorer)
         write_report(folder.path)
     return TrainedLanguageRun(folder.path, tables, False, summary)

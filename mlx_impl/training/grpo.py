@@ -54,7 +54,7 @@ class Completions(NamedTuple):
 
 class GrpoTrainer(AdapterTrainer):
     """A GRPO run: `queries` are asked in a shuffled order. Of the `held_out` ones evaluation.queries, at most
-    half, choose best/; on the others it is compared with its start at the end.
+    half, choose best/; on as many others it is compared with its start at the end.
 
     `rewards` maps a name to (weight, function); their weighted sum is the reward. UserError when the rewards
     of grpo.patience steps in a row never differ within a group, or the KL runs away.
@@ -77,7 +77,7 @@ class GrpoTrainer(AdapterTrainer):
         self.settings, self.prompts, self.rewards = config, prompts, rewards
         cut = min(config.evaluation.queries, max(1, len(held_out) // 2))
         self.queries, self.held_out = list(queries), list(held_out[:cut])
-        self.test = list(held_out[cut:])
+        self.test = list(held_out[cut:][: config.evaluation.queries])
         training, policy = config.training, config.grpo
         self.asked = config.completions // policy.num_generations
         self.per_epoch = max(1, len(self.queries) // self.asked)

@@ -123,7 +123,7 @@ def test_what_cannot_be_checked_is_explained(copy: Callable[[str], Path], tmp_pa
     shutil.rmtree(early / "best")
     for argv, message in (
         ((tmp_path / "nowhere" / "x",), "was not found"),
-        ((reranker,), r"is the run of a reranker, not of a language model: use scripts/analyze\.py"),
+        ((reranker,), r"is the run of a reranker or an expander.*use scripts/analyze\.py"),
         ((early,), "has not been evaluated yet, there is no best/"),
         ((bert,), "model_type is 'bert'; language models"),
         ((early, "--max-repetition", 2), r"--max-repetition is 2\.0; allowed: \[0, 1\]"),

@@ -173,7 +173,7 @@ def test_what_is_no_language_models_run_is_explained(tmp_path: Path) -> None:
         ({"model_type": "infinito"}, "is no run's folder"),
         ({"config": {"model": {}, "quantum": {}}, "environments": []}, "is the run of a reranker"),
         (
-            {"config": {"model": {}, "distillation": {}}, "environments": []},
+            {"config": {"model": {}, "distillation": {}, "data": {"tokenizer": "bpe"}}, "environments": []},
             "has logged nothing yet",
         ),
     ):
