@@ -13,6 +13,9 @@ from tests.parity.backends import LOSS_TOLERANCE, Backend, check
 
 ROWS, TOKENS, VOCABULARY, WIDTH = 3, 4, 7, 5
 REFERENCE = "float64 reference"
+# what a teacher of few stored logits leaves to the rest is 1 minus their mass: float32 cancels there, the
+# more the larger the logits are (80 here)
+TAIL_TOLERANCE = 5e-5
 
 
 class Case:
@@ -94,7 +97,7 @@ def test_stored_distillation_and_its_gradient(backend: Backend, k: int, seed: in
     data = stored.ids.astype(np.int32), stored.values, stored.log_total, case.mask
     expected = numbers(reference.stored_distillation(case.logits, stored, case.mask, case.temperature))
     found = numbers(backend.values(ours)(case.logits, *data))
-    check(f"language losses, {k} stored", pair, found, expected, LOSS_TOLERANCE)
+    check(f"language losses, {k} stored", pair, found, expected, TAIL_TOLERANCE)
     online = reference.distillation(case.logits, case.teacher, case.mask, case.temperature)
     assert found[0] <= online[0] + 1e-4 * abs(online[0])
     if k == VOCABULARY:
@@ -103,7 +106,7 @@ def test_stored_distillation_and_its_gradient(backend: Backend, k: int, seed: in
     measured = numeric_gradient(
         lambda x: reference.stored_distillation(x, stored, case.mask, case.temperature)[0], case.logits
     )
-    check(f"language losses, {k} stored gradient", pair, gradient, measured, LOSS_TOLERANCE)
+    check(f"language losses, {k} stored gradient", pair, gradient, measured, TAIL_TOLERANCE)
 
 
 def test_phase_and_magnitude_and_their_gradients(backend: Backend, seed: int) -> None:
