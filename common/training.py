@@ -131,10 +131,10 @@ class TrainingLoop(Generic[Result, Batch]):
         """Write the model as it was evaluated to a checkpoint directory."""
         raise NotImplementedError
 
-    def _evaluates_after(self, step: int) -> bool:
-        """Whether dev is measured after this step: `evaluations` times, evenly."""
+    def _evaluation_steps(self) -> set[int]:
+        """The steps after which dev is measured: `evaluations` of them, evenly."""
         count = self._pace.evaluations
-        return step in {round(self.steps * (i + 1) / count) for i in range(count)}
+        return {round(self.steps * (i + 1) / count) for i in range(count)}
 
     def _state_is_due(self, step: int) -> bool:
         """Whether the state is saved after this step; after the last and at a stop it always is."""
@@ -178,7 +178,7 @@ class TrainingLoop(Generic[Result, Batch]):
         return notes
 
     def _train(self, states: States, notes: Notes, stop: list[bool]) -> None:
-        first = self._steps_done()
+        first, evaluate_at = self._steps_done(), self._evaluation_steps()
         batches = self._batches()
         if notes["data"] is not None:
             batches.set_state(notes["data"])
@@ -189,10 +189,9 @@ class TrainingLoop(Generic[Result, Batch]):
             for step in range(first + 1, self.steps + 1):
                 batch = next(batches)
                 logged = self._one_step(step, batch)
-                evaluates = self._evaluates_after(step)
-                if step % self.log_every == 0 or step in (1, self.steps) or evaluates:
+                if step % self.log_every == 0 or step in (1, self.steps) or step in evaluate_at:
                     bar.update(step, self._log(step, logged, batch))
-                if evaluates and (reason := self._evaluate(step, notes)):
+                if step in evaluate_at and (reason := self._evaluate(step, notes)):
                     ends, notes["stopped"] = True, reason
                 ends = self._asked_to_stop(step, stop) or ends
                 if self._state_is_due(step) or step == self.steps or ends:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mlx_impl.language import load_language_model
 from mlx_impl.models.decoder import LanguageModel
 from mlx_impl.models.dropout import fold_in, row_keys
+from mlx_impl.models.layers import given_parameters
 
 
 class Reading(NamedTuple):
@@ -37,7 +38,7 @@ class ModelEngine:
         model.eval()
 
     def set_state(self, state: Any) -> None:
-        """Generate with these parameters from now on."""
+        """Generate with these parameters from now on; None: the model's own."""
         self._state = state
 
     def start(self, rows: int, capacity: int) -> Reading:
@@ -55,10 +56,7 @@ class ModelEngine:
         """As common.language.generation.Engine; logits [N, V]."""
         key = None if explore is None else fold_in(mx.random.key(explore[0]), explore[1])
         real = mx.array((np.arange(ids.shape[1]) < counts[:, None]).astype(np.int32))  # [N, S]
-        learned = tree_map(mx.array, self.model.trainable_parameters())
-        if self._state is not None:
-            self.model.update(self._state)
-        try:
+        with given_parameters(self.model, self._state):
             out = self.model(
                 mx.array(ids),
                 real,
@@ -69,8 +67,6 @@ class ModelEngine:
             )
             logits = out.logits[:, 0]
             mx.eval(logits, out.memory, out.cache)  # else the graph of all calls so far stays
-        finally:
-            self.model.update(learned)
         return Reading(out.memory, out.cache), np.array(logits)
 
     def renew(self, state: Reading, rows: NDArray[np.bool_]) -> Reading:

@@ -5,20 +5,18 @@ Twin: jax_impl/language_scoring.py.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_map
 
 from common.data.language import LanguageBatch
 from common.language.evaluation import TokenScores
 from mlx_impl.language import load_language_model
 from mlx_impl.losses.language import token_nll
 from mlx_impl.models.decoder import LanguageModel
+from mlx_impl.models.layers import given_parameters
 from mlx_impl.scoring import default_dtype
 from mlx_impl.training.language_step import emptied
 
@@ -41,7 +39,7 @@ class ModelScorer:
         return self._model.empty_memory(1) is not None
 
     def set_state(self, state: Any) -> None:
-        """Score with these parameters from now on."""
+        """Score with these parameters from now on; None: the model's own."""
         self._state = state
 
     def score(self, batch: LanguageBatch, memory: Any) -> TokenScores:
@@ -51,7 +49,7 @@ class ModelScorer:
         before = emptied(memory, batch.reset[:, 0])
         names = ("input_ids", "labels", "mask", "segments")
         ids, labels, mask, segments = (mx.array(getattr(batch, name)[:, 0]) for name in names)
-        with self._given_state():
+        with given_parameters(self._model, self._state):
             out = self._model(ids, segments, memory=before)
             nll = mx.where(mask, token_nll(out.logits, labels), 0.0)
             mx.eval(nll, [] if out.memory is None else list(out.memory), [] if out.read is None else out.read)
@@ -59,21 +57,10 @@ class ModelScorer:
 
     def attention(self, input_ids: np.ndarray) -> tuple[np.ndarray, ...]:
         """Attention weights [B, H, S, S] of each layer over texts [B, S], after an empty memory."""
-        with self._given_state():
+        with given_parameters(self._model, self._state):
             return tuple(
                 np.asarray(weights) for weights in self._model(mx.array(input_ids), attention=True).attention
             )
-
-    @contextlib.contextmanager
-    def _given_state(self) -> Iterator[None]:
-        """The model with the parameters to score with; its own again afterwards."""
-        learned = tree_map(mx.array, self._model.trainable_parameters())
-        if self._state is not None:
-            self._model.update(self._state)
-        try:
-            yield
-        finally:
-            self._model.update(learned)
 
 
 def load_segment_scorer(directory: Path) -> ModelScorer:

@@ -18,7 +18,7 @@ from common.export.onnx_generation import CONTRACT, load_engine, model_inputs, p
 from common.export.onnx_language_scoring import load_segment_scorer
 from common.export.verification import Precision, weights_size
 from common.language.architectures import language_config
-from common.language.evaluation import SegmentScorer, evaluate_perplexity
+from common.language.evaluation import SegmentScorer, evaluate_modes
 from common.language.generation import Engine, Logits, SamplingConfig, generate
 from common.report import Table, tables_text
 
@@ -182,10 +182,7 @@ def measure_language(
     """Size and perplexities of a model. UserError where none can be measured."""
     rows = max(1, min(16, LOGITS // (scorer.context * vocab_size)))
     try:
-        found = [
-            evaluate_perplexity(scorer, documents, end, cache=cache, batch_size=rows)
-            for cache in ((False, True) if scorer.carries else (False,))
-        ]
+        found = evaluate_modes(scorer, documents, end, batch_size=rows)
     except ValueError as error:
         raise UserError(f"{directory}: {error}") from error
     perplexities = {result.mode: result.perplexity.token for result in found}

@@ -144,9 +144,8 @@ def _weight_reached(run: LanguageRun) -> Item:
     name = "distillation weight reached"
     if not run.taught:
         return Item(name, None, "-", None, "there is no teacher")
-    end, value = run.config["distillation"]["end_weight"], run.distillation_weight()
-    reached = value is not None and abs(value - end) <= run.weight_step()
-    return Item(name, value, f"{end:g}, to one step", reached)
+    end = run.config["distillation"]["end_weight"]
+    return Item(name, run.distillation_weight(), f"{end:g}, to one step", run.weight_reached())
 
 
 def _stable(run: LanguageRun, term: str, limit: float) -> Item:

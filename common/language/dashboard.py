@@ -79,10 +79,12 @@ class LanguageRun:
         weights = [w for line in self.lines("train") if (w := line.get("distillation_weight")) is not None]
         return weights[-1] if weights else None
 
-    def weight_step(self) -> float:
-        """By how much w_kd may miss its end at the last step: it lies one step's share before it."""
-        settings, last = self.config["distillation"], max(line["step"] for line in self.metrics)
-        return abs(settings["end_weight"] - settings["start_weight"]) / last + 1e-6
+    def weight_reached(self) -> bool:
+        """Whether w_kd came to its end; at the last step it lies one step's share before it."""
+        settings, value = self.config["distillation"], self.distillation_weight()
+        last = max(line["step"] for line in self.metrics)
+        share = abs(settings["end_weight"] - settings["start_weight"]) / last + 1e-6
+        return value is not None and abs(value - settings["end_weight"]) <= share
 
 
 def is_language_run(run: Mapping[str, Any]) -> bool:
@@ -221,8 +223,7 @@ def _technical_table(run: LanguageRun) -> Table:
         ]
     if run.taught:
         end, value = run.config["distillation"]["end_weight"], run.distillation_weight()
-        reached = value is not None and abs(value - end) <= run.weight_step()
-        rows.append(_row("distillation weight, last step", value, f"{end:g}", reached))
+        rows.append(_row("distillation weight, last step", value, f"{end:g}", run.weight_reached()))
     return {
         "title": "Technical metrics",
         "columns": ["metric", "value", "target", "status"],

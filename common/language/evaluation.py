@@ -111,6 +111,21 @@ def evaluate_perplexity(
     return LanguageResult(found, "cache" if cache else "static", context, stride, statistics)
 
 
+def evaluate_modes(
+    scorer: SegmentScorer,
+    documents: TokenDocuments,
+    end: int,
+    *,
+    batch_size: int = 16,
+    stride: int | None = None,
+) -> list[LanguageResult]:
+    """`evaluate_perplexity` static, and of a model with a memory with its cache too."""
+    return [
+        evaluate_perplexity(scorer, documents, end, cache=cache, batch_size=batch_size, stride=stride)
+        for cache in ((False, True) if scorer.carries else (False,))
+    ]
+
+
 def _enough(documents: TokenDocuments) -> int:
     """Tokens of a window that every document fits in."""
     return PADDED_TO * -(-int(max(documents.lengths(), default=1)) // PADDED_TO)

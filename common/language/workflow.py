@@ -20,7 +20,7 @@ from common.expansion.recipe import ExpansionRecipe
 from common.expansion.sft import PreparedExpansion, prepare_expansion
 from common.hub import resolve_model
 from common.language.config import LanguageRecipe
-from common.language.evaluation import LanguageResult, SegmentScorer, evaluate_perplexity
+from common.language.evaluation import LanguageResult, SegmentScorer, evaluate_modes
 from common.language.inspection import INSPECTION_FILE, inspect_model, longest_document
 from common.language.prepare import PreparedLanguage, prepare_language, with_base
 from common.report import Table, write_report
@@ -81,11 +81,13 @@ def train_language(
             if summary["best_step"] is not None
             else "dev was never measured"
         )
-        scorer = language_module(options.backend, "language_scoring").load_segment_scorer(folder.best)
-        if not isinstance(recipe, ExpansionRecipe):
+        if isinstance(prepared, PreparedExpansion):
+            tables = score_best(recipe, options, prepared, folder, summary)
+        else:
+            scorer = language_module(options.backend, "language_scoring").load_segment_scorer(folder.best)
             ids = longest_document(prepared.split("dev", recipe.data.max_dev_documents))
             folder.write_json(INSPECTION_FILE, inspect_model(scorer, prepared.tokenizer, ids))
-        tables = evaluate_best(recipe, options, prepared, folder, summary, scorer)
+            tables = evaluate_best(recipe, options, prepared, folder, summary, scorer)
         write_report(folder.path)
     return TrainedLanguageRun(folder.path, tables, False, summary)
 
@@ -119,17 +121,9 @@ def evaluate_best(
     summary: dict[str, Any],
     scorer: SegmentScorer,
 ) -> list[Table]:
-    """The test split's table of `scorer`, the best checkpoint, written to results.json; none without it.
-
-    An expansion's rows have no test split: the scores on dev, which chose the checkpoint.
-    """
+    """The test split's table of `scorer`, the best checkpoint, written to results.json; none without it."""
     if not options.evaluate_test:
         return []
-    if isinstance(prepared, PreparedExpansion):
-        engine = language_module(options.backend, "generation").load_engine(folder.best)
-        tables = prepared.score_tables(f"{recipe.name}/best", engine) if recipe.scored else []
-        folder.write_json(RESULTS_FILE, {"tables": tables, "training": summary})
-        return tables
     results = perplexities(scorer, prepared, "test", recipe.evaluation.batch_size, recipe.evaluation.stride)
     tables = [perplexity_table(f"{recipe.name}/best", prepared, "test", results)]
     found = {"tables": tables, "test": [result.json() for result in results], "training": summary}
@@ -137,16 +131,30 @@ def evaluate_best(
     return tables
 
 
+def score_best(
+    recipe: LanguageRecipe,
+    options: RunOptions,
+    prepared: PreparedExpansion,
+    folder: RunFolder,
+    summary: dict[str, Any],
+) -> list[Table]:
+    """An expansion's rows have no test split: the best checkpoint's scores on dev, which chose it, written to
+    results.json."""
+    if not options.evaluate_test:
+        return []
+    engine = language_module(options.backend, "generation").load_engine(folder.best)
+    tables = prepared.score_tables(f"{recipe.name}/best", engine) if recipe.scored else []
+    folder.write_json(RESULTS_FILE, {"tables": tables, "training": summary})
+    return tables
+
+
 def perplexities(
     scorer: SegmentScorer, prepared: PreparedLanguage, split: str, batch_size: int, stride: int | None
 ) -> list[LanguageResult]:
-    """Static, and for a model with a memory cache too. UserError for a split that cannot be measured."""
+    """`evaluate_modes` of a split. UserError for one that cannot be measured."""
     documents, end = prepared.split(split), prepared.tokenizer.end
     try:
-        return [
-            evaluate_perplexity(scorer, documents, end, cache=cache, batch_size=batch_size, stride=stride)
-            for cache in ((False, True) if scorer.carries else (False,))
-        ]
+        return evaluate_modes(scorer, documents, end, batch_size=batch_size, stride=stride)
     except ValueError as error:
         raise UserError(f"{prepared.name}, split {split}: {error}.") from error
 

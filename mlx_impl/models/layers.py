@@ -6,10 +6,28 @@ start as NNX's do. No twin: jax_impl takes all this from flax.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
+
+
+@contextlib.contextmanager
+def given_parameters(model: nn.Module, parameters: Any) -> Iterator[None]:
+    """The model with other parameters inside the block, its own again afterwards; None leaves it as it is."""
+    if parameters is None:
+        yield
+        return
+    learned = tree_map(mx.array, model.trainable_parameters())
+    model.update(parameters)
+    try:
+        yield
+    finally:
+        model.update(learned)
 
 
 class Rngs:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from mlx.utils import tree_map
 from common.checkpoint import TRAINING_FILE, to_json, write_directory
 from common.config import TrainConfig, to_dict
 from common.expansion.config import GrpoConfig, SftConfig
+from common.expansion.prompts import ExpansionPrompts
+from common.expansion.qmd import Sampling
 from common.runs import RunFolder, environment
 from common.training import Notes, TrainingLoop, finite
 from mlx_impl.models.qwen import (
@@ -32,6 +34,7 @@ from mlx_impl.models.qwen import (
     write_tensors,
 )
 from mlx_impl.scoring import accelerator
+from mlx_impl.training.generation import Continuation, generate
 from mlx_impl.training.optimizer import global_norm, learning_rate
 from mlx_impl.training.state import StateFolder
 
@@ -87,6 +90,7 @@ class AdapterTrainer(TrainingLoop[Logged, int]):
     `updates` optimizer steps each.
     """
 
+    prompts: ExpansionPrompts
     log_every = 1
     finite_advice = "Lower training.learning_rate or training.max_grad_norm, then start over with --fresh."
 
@@ -117,6 +121,22 @@ class AdapterTrainer(TrainingLoop[Logged, int]):
         self.state = AdapterState(self.model, optimizer)
         self.update = make_update(self.model, optimizer, training.max_grad_norm)
         self._saved = time.monotonic()
+
+    def asked_as(self, query: str) -> list[int]:
+        """The prompt of a query as QMD asks it: what is measured and rewarded is what it would get."""
+        return self.prompts.prompt(query, consumer=self.config.prompt.system != "none")
+
+    def answers(self, queries: Sequence[str], sampling: Sampling, copies: int = 1) -> list[Continuation]:
+        """What the model writes for each query, `copies` of them together."""
+        return generate(
+            self.model,
+            [self.asked_as(query) for query in queries],
+            end=self.prompts.end_id,
+            copies=copies,
+            sampling=sampling,
+            seed=self.config.training.seed,
+            batch_size=self.config.evaluation.batch_size,
+        )
 
     def learned(self) -> list[tuple[str, mx.array]]:
         """What learns, by name."""
@@ -157,8 +177,9 @@ class AdapterTrainer(TrainingLoop[Logged, int]):
         self.state.step = step
         return logged | {"peak_memory_gb": mx.get_peak_memory() / 1e9}
 
-    def _evaluates_after(self, step: int) -> bool:
-        return step % self.config.training.eval_steps == 0 or step == self.steps
+    def _evaluation_steps(self) -> set[int]:
+        each = self.config.training.eval_steps
+        return {*range(each, self.steps, each), self.steps}
 
     def _state_is_due(self, step: int) -> bool:
         minutes = self.config.training.save_interval_minutes

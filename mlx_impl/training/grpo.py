@@ -19,6 +19,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
+from common.data.language import PADDED_TO
 from common.errors import UserError
 from common.expansion.config import GrpoConfig, PolicyConfig
 from common.expansion.prompts import ExpansionPrompts
@@ -36,8 +37,8 @@ from mlx_impl.models.qwen import (
 )
 from mlx_impl.training.adapters import AdapterTrainer, Logged
 from mlx_impl.training.generation import Continuation, generate, greedy
+from mlx_impl.training.sft import learned_places
 
-PADDED_TO = 32
 LEAST_SPREAD = 1e-6  # a group whose rewards differ by less gives no signal
 Reward = Callable[[Sequence[tuple[str, str]]], Sequence[float]]  # (query, completion) pairs -> a number each
 
@@ -136,7 +137,7 @@ class GrpoTrainer(AdapterTrainer):
         self.model.eval()
         written = generate(
             self.model,
-            [self._prompt(query) for query in queries[:: policy.num_generations]],
+            [self.asked_as(query) for query in queries[:: policy.num_generations]],
             end=self.prompts.end_id,
             copies=policy.num_generations,
             sampling=self._sampling(),
@@ -162,24 +163,13 @@ class GrpoTrainer(AdapterTrainer):
 
     def evaluate(self) -> Logged:
         """Mean reward of greedy expansions of held-out queries, as `score`, and its parts."""
-        written = self._answers(self.held_out, greedy(self.settings.evaluation.max_tokens))
+        written = self.answers(self.held_out, greedy(self.settings.evaluation.max_tokens))
         parts = self.reward(self.held_out, written)
         logged = {
             "score": float(self._weighed(parts).mean()),
             "ended": float(np.mean([row.ended for row in written])),
         }
         return logged | {f"reward_{name}": float(values.mean()) for name, values in parts.items()}
-
-    def _answers(self, queries: Sequence[str], sampling: Sampling, copies: int = 1) -> list[Continuation]:
-        return generate(
-            self.model,
-            [self._prompt(query) for query in queries],
-            end=self.prompts.end_id,
-            copies=copies,
-            sampling=sampling,
-            seed=self.settings.training.seed,
-            batch_size=self.settings.evaluation.batch_size,
-        )
 
     def _summary(self, notes: Notes) -> dict[str, Any]:
         """The reward of best/ beside its start's, on held-out queries that did not choose it."""
@@ -192,9 +182,9 @@ class GrpoTrainer(AdapterTrainer):
         found: dict[str, Any] = {"queries": len(self.test), "samples": copies}
         for name, sampling, each in (("sampled", self._sampling(), copies), ("greedy", greedy(limit), 1)):
             asked = [query for query in self.test for _ in range(each)]
-            written = self._answers(self.test, sampling, each)
+            written = self.answers(self.test, sampling, each)
             with without_adapter(self.model):
-                before = self._answers(self.test, sampling, each)
+                before = self.answers(self.test, sampling, each)
             ours, start = (self._weighed(self.reward(asked, rows)) for rows in (written, before))
             found[name] = _gain(ours.reshape(-1, each).mean(axis=1), start.reshape(-1, each).mean(axis=1))
             if name == "sampled":
@@ -219,10 +209,6 @@ class GrpoTrainer(AdapterTrainer):
             mx.eval(found[-1])
         return _mean(found, [batch.mask for batch in batches])
 
-    def _prompt(self, query: str) -> list[int]:
-        """As QMD asks: GRPO's completions are those that it would get."""
-        return self.prompts.prompt(query, consumer=self.settings.prompt.system != "none")
-
     def _invalid(self, queries: Sequence[str], written: Sequence[Continuation]) -> list[bool]:
         texts = (self.prompts.decode(row.ids) for row in written)
         return [
@@ -237,7 +223,7 @@ class GrpoTrainer(AdapterTrainer):
         policy, size = self.settings.grpo, self.settings.training.batch_size
         end = [self.prompts.end_id]
         rows = [
-            (self._prompt(query), [*row.ids, *(end if row.ended else [])])
+            (self.asked_as(query), [*row.ids, *(end if row.ended else [])])
             for query, row in zip(queries, written, strict=True)
         ]
         counts = [
@@ -441,20 +427,14 @@ def _padded(
     advantages: np.ndarray,
 ) -> Completions:
     longest = max(len(prompt) + len(ids) for prompt, ids in rows)
-    ids = np.zeros((len(rows), 1 + _padded_length(longest - 1)), np.int32)
-    places = np.zeros((len(rows), _padded_length(max(1, *counts))), np.int32)
-    mask = np.zeros(places.shape, bool)
+    ids = np.zeros((len(rows), 1 + PADDED_TO * math.ceil((longest - 1) / PADDED_TO)), np.int32)
+    learned = np.zeros(ids.shape, bool)
     for row, ((prompt, completion), count) in enumerate(zip(rows, counts, strict=True)):
         ids[row, : len(prompt) + len(completion)] = [*prompt, *completion]
-        places[row, :count] = np.arange(len(prompt) - 1, len(prompt) - 1 + count)
-        mask[row, :count] = True
-    weighed = (mask * weights[:, None]).astype(np.float32)
-    arrays = (ids, places, mask, advantages.astype(np.float32), weighed)
-    return Completions(*map(mx.array, arrays))
-
-
-def _padded_length(tokens: int) -> int:
-    return PADDED_TO * math.ceil(tokens / PADDED_TO)
+        learned[row, len(prompt) : len(prompt) + count] = True
+    places, mask = learned_places(mx.array(learned))
+    weighed = mask * mx.array(weights[:, None], mx.float32)
+    return Completions(mx.array(ids), places, mask, mx.array(advantages, mx.float32), weighed)
 
 
 def _mean(values: Sequence[mx.array], masks: Sequence[mx.array]) -> float:

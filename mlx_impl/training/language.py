@@ -27,7 +27,7 @@ from mlx_impl.language_scoring import ModelScorer
 from mlx_impl.losses.language import store_teacher
 from mlx_impl.models.decoder import LanguageModel
 from mlx_impl.models.dropout import fold_in
-from mlx_impl.models.layers import Rngs
+from mlx_impl.models.layers import Rngs, given_parameters
 from mlx_impl.models.lora import add_lora, freeze
 from mlx_impl.scoring import accelerator, default_dtype
 from mlx_impl.training.language_step import LanguageInput, LanguageState, make_language_step, packed
@@ -127,17 +127,15 @@ class LanguageTrainer(LanguageLoop):
         return float(learning_rate(self.recipe.train, self.steps)(step - 1))
 
     def scorer(self) -> ModelScorer:
-        self._scorer.set_state(self._weights())
+        self._scorer.set_state(self.state.average)
         return self._scorer
 
     def engine(self) -> ModelEngine:
-        self._engine.set_state(self._weights())
+        self._engine.set_state(self.state.average)
         return self._engine
 
     def write(self, directory: Path, training: dict[str, Any], card: str) -> None:
-        learned = tree_map(mx.array, self.model.trainable_parameters())
-        self.model.update(self._weights())
-        try:
+        with given_parameters(self.model, self.state.average):
             save_language_model(
                 directory,
                 self.model,
@@ -147,8 +145,3 @@ class LanguageTrainer(LanguageLoop):
                 card=card,
                 extra=self.token_ids(),
             )
-        finally:
-            self.model.update(learned)  # the average is not what learns
-
-    def _weights(self) -> Any:
-        return self.model.trainable_parameters() if self.state.average is None else self.state.average

@@ -25,7 +25,7 @@ from common.expansion.prompts import ExpansionPrompts
 from common.metrics.expansion import score
 from mlx_impl.models.qwen import LanguageModel, head, hidden_states
 from mlx_impl.training.adapters import AdapterTrainer, Logged
-from mlx_impl.training.generation import generate, greedy
+from mlx_impl.training.generation import greedy
 
 
 class TokenBatch(NamedTuple):
@@ -120,14 +120,7 @@ class SftTrainer(AdapterTrainer):
     def _scored(self) -> Logged:
         settings = self.settings.evaluation
         chosen = self.held_out[: settings.queries]
-        consumer = self.settings.prompt.system != "none"
-        written = generate(
-            self.model,
-            [self.prompts.prompt(row.query, consumer=consumer) for row in chosen],
-            end=self.prompts.end_id,
-            sampling=greedy(settings.max_tokens),
-            batch_size=settings.batch_size,
-        )
+        written = self.answers([row.query for row in chosen], greedy(settings.max_tokens))
         texts = [self.prompts.decode(row.ids) for row in written]
         scores = [score(row.query, text).reward for row, text in zip(chosen, texts, strict=True)]
         return {"score": float(np.mean(scores)), "ended": float(np.mean([row.ended for row in written]))}

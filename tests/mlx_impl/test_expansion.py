@@ -134,7 +134,7 @@ def test_the_kl_of_the_best_adapter_is_without_dropout(trained: Trained, tmp_pat
     prompts = ExpansionPrompts(load_tokenizer(trained.base))
     reward = {"score": (1.0, lambda pairs: [0.0 for _ in pairs])}
     trainer = GrpoTrainer(config, loaded, prompts, queries, queries, reward, data_name="rows", say=silent)
-    written = trainer._answers(queries, greedy(8))
+    written = trainer.answers(queries, greedy(8))
     model.train()
     trainer._before(trainer._parts(queries, written, np.zeros(2))[0], 0)
     model.eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,13 @@ import numpy as np
 import pytest
 
 from common.backends import Scores, load_encoder, load_scorer
-from common.checkpoint import write_directory
 from common.config import RerankerConfig
 from common.errors import UserError
 from common.export.onnx_scoring import batches_by_length
-from common.export.verification import PRECISIONS, Exported
+from common.export.verification import PRECISIONS
 from common.text import Encoded
 from jax_impl.export.onnx import HEADS, export_bi_encoder, export_cross_encoder
+from tests.language_exports import written
 from tests.rerankers import reranker
 from tests.tiny import FILLER, PARTNERS, TOPIC_WORDS, WORDS, write_base
 
@@ -30,17 +29,6 @@ def pairs(seed: int, count: int = 40) -> tuple[list[str], list[str]]:
     return tuple(  # type: ignore[return-value]
         [" ".join(rng.choice(words, rng.integers(1, most))) for _ in range(count)] for most in (7, 41)
     )
-
-
-def written(folder: Path, exported: Exported) -> Path:
-    def fill(place: Path) -> None:
-        (place / "model.onnx").write_bytes(exported.model)
-        (place / "config.json").write_text(json.dumps(exported.config))
-        exported.tokenizer_save(place)
-        (place / "export.json").write_text("{}")
-
-    write_directory(folder, fill)
-    return folder
 
 
 def differences(one: Scores, other: Scores) -> dict[str, float]:
