@@ -109,7 +109,7 @@ def test_a_text_is_written_by_the_keyboard_alone(browser: Any, service: Running)
     page.keyboard.press("Home")
     page.focus("#write")
     page.keyboard.press("Enter")
-    page.wait_for_function("document.getElementById('text-message').textContent.startsWith('Done')")
+    page.locator("#text-message", has_text="Done").wait_for()
     assert page.inner_text("#written") == "abcde"
     assert page.inner_text("#text-message") == "Done: 3 tokens."
     shot(page, "text")
