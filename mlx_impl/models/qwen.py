@@ -10,8 +10,9 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,18 +127,95 @@ def add_lora(loaded: LanguageModel, lora: LoraConfig, seed: int) -> list[str]:
     return [path for path, _ in wrapped]
 
 
-def hidden_states(model: Any, ids: mx.array, rows: mx.array | None = None) -> mx.array:
+def hidden_states(
+    model: Any, ids: mx.array, rows: mx.array | None = None, *, checkpoint: bool = False
+) -> mx.array:
     """What the head reads of ids [B, S]: [B, S, D], causal; with `rows` [B, S] a token sees those of its own
-    row's number alone.
+    row's number alone. With `checkpoint` a layer's activations are computed again in the backward pass.
     """
-    if rows is None:
-        return model.model(ids)
-    places = mx.arange(ids.shape[1])
-    mask = (rows[:, :, None] == rows[:, None, :]) & (places[:, None] >= places)  # [B, S, S]
+    mask = causal(ids.shape[1]) if rows is not None else "causal"
+    if rows is not None:
+        mask = ((rows[:, :, None] == rows[:, None, :]) & mask)[:, None]  # [B, 1, S, S]
     hidden = model.model.embed_tokens(ids)
     for layer in model.layers:
-        hidden = layer(hidden, mask[:, None], None)
+        hidden = _applied(layer, lambda layer, hidden: layer(hidden, mask, None), checkpoint)(hidden)
     return model.model.norm(hidden)
+
+
+def continued_states(
+    model: Any,
+    prompts: mx.array,
+    padding: mx.array,
+    rows: mx.array,
+    ids: mx.array,
+    *,
+    checkpoint: bool = False,
+) -> mx.array:
+    """What the head reads of ids [N, T], each after row `rows` [N] of prompts [P, S]: [N, T, D].
+
+    `padding` [P] counts what stands in a row before its prompt. A prompt is computed once for all that
+    continue it; gradients flow through it. `checkpoint` as in `hidden_states`.
+    """
+    length, new = prompts.shape[1], ids.shape[1]
+    places = mx.arange(length)
+    read = places >= padding[:, None]  # [P, S]
+    above = causal(length) & (read[:, None] | (places[:, None] == places))  # padding sees itself: no NaN
+    masks = (
+        above[:, None],
+        mx.concatenate(
+            [
+                mx.broadcast_to(read[rows][:, None], (len(rows), new, length)),
+                mx.broadcast_to(causal(new), (len(rows), new, new)),
+            ],
+            axis=-1,
+        )[:, None],
+    )
+
+    def both(layer: Any, prompt: mx.array, hidden: mx.array) -> tuple[mx.array, mx.array]:
+        shared = _Keys(-padding)
+        prompt = layer(prompt, masks[0], shared)
+        return prompt, layer(hidden, masks[1], _Keys((length - padding)[rows], shared, rows))
+
+    prompt, hidden = model.model.embed_tokens(prompts), model.model.embed_tokens(ids)
+    for layer in model.layers:
+        prompt, hidden = _applied(layer, both, checkpoint)(prompt, hidden)
+    return model.model.norm(hidden)
+
+
+def causal(length: int) -> mx.array:
+    """[S, S]: whether a place sees another."""
+    places = mx.arange(length)
+    return places[:, None] >= places
+
+
+class _Keys:
+    """One layer's keys and values, as a cache that mlx-lm's attention asks: those of this pass, after the
+    `rows` of those `before`.
+    """
+
+    def __init__(self, offset: mx.array, before: _Keys | None = None, rows: mx.array | None = None) -> None:
+        self.offset, self.before, self.rows = offset, before, rows
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.keys, self.values = keys, values
+        if self.before is None:
+            return keys, values
+        return (
+            mx.concatenate([self.before.keys[self.rows], keys], axis=2),
+            mx.concatenate([self.before.values[self.rows], values], axis=2),
+        )
+
+
+def _applied(layer: Any, function: Callable[..., Any], checkpoint: bool) -> Callable[..., Any]:
+    """`function` of the layer and arrays, as a function of the arrays."""
+    if not checkpoint:
+        return partial(function, layer)
+
+    def inner(parameters: Any, *arrays: mx.array) -> Any:
+        layer.update(parameters)
+        return function(layer, *arrays)
+
+    return partial(mx.checkpoint(inner), layer.trainable_parameters())
 
 
 def head(model: Any, hidden: mx.array) -> mx.array:
@@ -146,18 +224,32 @@ def head(model: Any, hidden: mx.array) -> mx.array:
     return model.model.embed_tokens.as_linear(hidden) if tied else model.lm_head(hidden)
 
 
+def without_adapter(model: Any) -> AbstractContextManager[None]:
+    """The model as it is below its topmost adapters, inside the block."""
+    return _exchanged(model, lambda adapter: adapter.linear if _learns(adapter) else adapter)
+
+
+def with_fused_adapters(loaded: LanguageModel) -> AbstractContextManager[None]:
+    """The model with its adapters added into copies of the weights inside the block, where it is fastest to
+    generate; as it is where the base is quantised.
+    """
+    return nullcontext() if loaded.quantised else _exchanged(loaded.model, _fused)
+
+
 @contextmanager
-def without_adapter(model: Any) -> Iterator[None]:
-    """The model as it is below its topmost adapters, inside the block: their scale is 0."""
-    tops = [module for module in model.modules() if isinstance(module, LoRALinear) and _learns(module)]
-    before = [module.scale for module in tops]
+def _exchanged(model: Any, function: Callable[[LoRALinear], nn.Module]) -> Iterator[None]:
+    adapters = _adapters(model)
+    model.update_modules(tree_unflatten([(path, function(adapter)) for path, adapter in adapters]))
     try:
-        for module in tops:
-            module.scale = 0.0
         yield
     finally:
-        for module, scale in zip(tops, before, strict=True):
-            module.scale = scale
+        model.update_modules(tree_unflatten(list(adapters)))
+
+
+def _adapters(model: Any) -> list[tuple[str, LoRALinear]]:
+    """The topmost adapters by their paths."""
+    found = [(path, module) for path, module in model.named_modules() if isinstance(module, LoRALinear)]
+    return [(path, module) for path, module in found if not path.endswith(".linear")]
 
 
 def load_adapter(loaded: LanguageModel, directory: Path) -> None:
@@ -262,9 +354,8 @@ def fuse(loaded: LanguageModel, *, dequantise: bool = False) -> None:
     """Add the adapters into the weights, in place; with `dequantise` every quantised layer becomes plain."""
     from mlx_lm.utils import dequantize_model
 
-    tops = [(path, m) for path, m in loaded.model.named_modules() if isinstance(m, LoRALinear)]
-    outer = [(path, m) for path, m in tops if not path.endswith(".linear")]
-    loaded.model.update_modules(tree_unflatten([(path, _fused(m)) for path, m in outer]))
+    fused = [(path, _fused(adapter)) for path, adapter in _adapters(loaded.model)]
+    loaded.model.update_modules(tree_unflatten(fused))
     if dequantise:
         dequantize_model(loaded.model)
     loaded.model.freeze()
@@ -279,11 +370,7 @@ def adapter_tensors(loaded: LanguageModel) -> dict[str, mx.array]:
 def adapter_config(loaded: LanguageModel, lora: LoraConfig) -> dict[str, Any]:
     """adapter_config.json in mlx-lm's schema; `resonance` says what the adapter stands on."""
     origin, layers = loaded.origin, loaded.model.layers
-    keys = [
-        path
-        for path, module in layers[0].named_modules()
-        if isinstance(module, LoRALinear) and not path.endswith(".linear")
-    ]
+    keys = [path for path, _ in _adapters(layers[0])]
     return {
         "fine_tune_type": "lora",
         "model": origin.name or str(origin.base.resolve()),
@@ -331,9 +418,13 @@ def _wrapped(linear: Any, lora: LoraConfig) -> LoRALinear:
 
 
 def _fused(layer: LoRALinear) -> Any:
-    if isinstance(layer.linear, LoRALinear):
-        layer.linear = _fused(layer.linear)
-    return layer.fuse(dequantize=True)
+    below = layer.linear
+    try:
+        if isinstance(below, LoRALinear):
+            layer.linear = _fused(below)
+        return layer.fuse(dequantize=True)
+    finally:
+        layer.linear = below
 
 
 def _learns(module: LoRALinear) -> bool:

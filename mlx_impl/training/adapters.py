@@ -7,9 +7,8 @@ yet.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from mlx_impl.models.qwen import (
     LanguageModel,
     adapter_config,
     adapter_tensors,
+    with_fused_adapters,
     write_tensors,
 )
 from mlx_impl.scoring import accelerator
@@ -126,17 +126,26 @@ class AdapterTrainer(TrainingLoop[Logged, int]):
         """The prompt of a query as QMD asks it: what is measured and rewarded is what it would get."""
         return self.prompts.prompt(query, consumer=self.config.prompt.system != "none")
 
-    def answers(self, queries: Sequence[str], sampling: Sampling, copies: int = 1) -> list[Continuation]:
+    def answers(
+        self,
+        queries: Sequence[str],
+        sampling: Sampling,
+        copies: int = 1,
+        *,
+        seed: int | None = None,
+        batch_size: int | None = None,
+    ) -> list[Continuation]:
         """What the model writes for each query, `copies` of them together."""
-        return generate(
-            self.model,
-            [self.asked_as(query) for query in queries],
-            end=self.prompts.end_id,
-            copies=copies,
-            sampling=sampling,
-            seed=self.config.training.seed,
-            batch_size=self.config.evaluation.batch_size,
-        )
+        with with_fused_adapters(self.loaded):
+            return generate(
+                self.model,
+                [self.asked_as(query) for query in queries],
+                end=self.prompts.end_id,
+                copies=copies,
+                sampling=sampling,
+                seed=self.config.training.seed if seed is None else seed,
+                batch_size=batch_size or self.config.evaluation.batch_size,
+            )
 
     def learned(self) -> list[tuple[str, mx.array]]:
         """What learns, by name."""
@@ -153,8 +162,7 @@ class AdapterTrainer(TrainingLoop[Logged, int]):
     def run(self, folder: RunFolder, max_minutes: float | None = None) -> dict[str, Any]:
         """See TrainingLoop."""
         self.model.train()
-        with checkpointed(self.model, self.config):
-            return super().run(folder, max_minutes)
+        return super().run(folder, max_minutes)
 
     def _states(self, folder: Path) -> StateFolder:
         return StateFolder(folder, self.config.training.save_total_limit)
@@ -260,31 +268,6 @@ def make_update(model: Any, optimizer: optim.Optimizer, max_norm: float) -> Call
         return norm
 
     return run
-
-
-@contextlib.contextmanager
-def checkpointed(model: Any, config: SftConfig | GrpoConfig) -> Iterator[None]:
-    """Inside the block a layer's activations are computed again in the backward pass, where the config
-    asks.
-    """
-    if not config.training.grad_checkpoint:
-        yield
-        return
-    kind = type(model.layers[0])
-    plain = kind.__call__
-
-    def call(layer: Any, *arguments: Any) -> Any:
-        def inner(parameters: Any, *inputs: Any) -> Any:
-            layer.update(parameters)
-            return plain(layer, *inputs)
-
-        return mx.checkpoint(inner)(layer.trainable_parameters(), *arguments)
-
-    kind.__call__ = call
-    try:
-        yield
-    finally:
-        kind.__call__ = plain
 
 
 def _card(loaded: LanguageModel, training: Mapping[str, Any]) -> str:

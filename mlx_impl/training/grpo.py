@@ -31,24 +31,26 @@ from mlx_impl.models.qwen import (
     ADAPTER_FILE,
     LanguageModel,
     adapter_tensors,
+    continued_states,
     head,
-    hidden_states,
     without_adapter,
 )
 from mlx_impl.training.adapters import AdapterTrainer, Logged
-from mlx_impl.training.generation import Continuation, generate, greedy
-from mlx_impl.training.sft import learned_places
+from mlx_impl.training.generation import Continuation, greedy
 
+PROMPT_PADDED_TO = 16  # few shapes are compiled; prompts differ by the query alone
 LEAST_SPREAD = 1e-6  # a group whose rewards differ by less gives no signal
 Reward = Callable[[Sequence[tuple[str, str]]], Sequence[float]]  # (query, completion) pairs -> a number each
 
 
 class Completions(NamedTuple):
-    """N completions with their prompts as arrays, padded behind with 0."""
+    """N completions of P prompts as arrays; a prompt is read once for all of its own."""
 
-    ids: mx.array  # [N, S]
-    places: mx.array  # [N, T]: the places before the completion's tokens; the head is computed there alone
-    mask: mx.array  # [N, T]: which of them count
+    prompts: mx.array  # [P, S]: without their last tokens, padded in front with 0
+    padding: mx.array  # [P]: how much
+    rows: mx.array  # [N]: the prompt of each
+    ids: mx.array  # [N, T + 1]: the prompt's last token and the completion, padded behind with 0
+    mask: mx.array  # [N, T]: which tokens of the completion count
     advantages: mx.array  # [N]
     weights: mx.array  # [N, T]: what a token's loss counts in the step's
 
@@ -93,7 +95,8 @@ class GrpoTrainer(AdapterTrainer):
         temperature = config.generation.temperature
         self._log_probs = make_log_probs(self.model, temperature)
         self._reference = make_log_probs(self.model, temperature)  # traced with the adapter off
-        self._gradient = make_gradient(self.model, policy, temperature)
+        checkpoint = config.training.grad_checkpoint
+        self._gradient = make_gradient(self.model, policy, temperature, checkpoint)
 
     def train_step(self, step: int) -> Logged:
         """Ask, reward, and update grpo.num_iterations times."""
@@ -135,12 +138,10 @@ class GrpoTrainer(AdapterTrainer):
         """A completion of each; `queries` holds each one num_generations times in a row."""
         policy = self.settings.grpo
         self.model.eval()
-        written = generate(
-            self.model,
-            [self.asked_as(query) for query in queries[:: policy.num_generations]],
-            end=self.prompts.end_id,
-            copies=policy.num_generations,
-            sampling=self._sampling(),
+        written = self.answers(
+            queries[:: policy.num_generations],
+            self._sampling(),
+            policy.num_generations,
             seed=self.settings.training.seed * 1_000_003 + step,
             batch_size=self.settings.completions,
         )
@@ -201,9 +202,9 @@ class GrpoTrainer(AdapterTrainer):
         batches = self._parts(queries, written, np.zeros(len(written)))
         temperature, found = self.settings.generation.temperature, []
         for batch in batches:
-            own, _ = log_probs(self.model, batch.ids, batch.places, temperature)
+            own, _ = log_probs(self.model, batch, temperature)
             with without_adapter(self.model):
-                reference, _ = log_probs(self.model, batch.ids, batch.places, temperature)
+                reference, _ = log_probs(self.model, batch, temperature)
             apart = reference - own
             found.append(mx.exp(apart) - apart - 1)
             mx.eval(found[-1])
@@ -232,7 +233,8 @@ class GrpoTrainer(AdapterTrainer):
         ]
         weights = token_weights(counts, policy, size)
         parts = [slice(first, first + size) for first in range(0, len(rows), size)]
-        return [_padded(rows[part], counts[part], weights[part], advantages[part]) for part in parts]
+        limit = policy.max_completion_length
+        return [_padded(rows[part], counts[part], weights[part], advantages[part], limit) for part in parts]
 
     def _before(self, batch: Completions, seed: int) -> tuple[mx.array | None, mx.array]:
         """Log-probabilities [N, T] before the update, None where it is the only one, and of the reference.
@@ -342,19 +344,22 @@ def token_weights(counts: Sequence[int], policy: PolicyConfig, batch_size: int) 
     return 1.0 / (len(starts) * np.maximum(tokens, 1))
 
 
-def log_probs(model: Any, ids: mx.array, places: mx.array, temperature: float) -> tuple[mx.array, mx.array]:
-    """Of the tokens of ids [N, S] after `places` [N, T], their log-probabilities and the entropies they were
-    drawn with, without a gradient, [N, T].
+def log_probs(
+    model: Any, batch: Completions, temperature: float, *, checkpoint: bool = False
+) -> tuple[mx.array, mx.array]:
+    """Of the completions' tokens, their log-probabilities and the entropies they were drawn with, without a
+    gradient, [N, T].
     """
-    hidden = hidden_states(model, ids[:, :-1])  # [N, S - 1, D]
-    logits = head(model, mx.take_along_axis(hidden, places[..., None], axis=1))  # [N, T, V]
+    prompts = batch.prompts, batch.padding, batch.rows
+    hidden = continued_states(model, *prompts, batch.ids[:, :-1], checkpoint=checkpoint)  # [N, T, D]
+    logits = head(model, hidden)  # [N, T, V]
     logits = logits.astype(mx.float32) / temperature
-    norm = mx.logsumexp(logits, axis=-1)  # [N, T]
-    drawn = mx.take_along_axis(ids, places + 1, axis=1)
-    chosen = mx.take_along_axis(logits, drawn[..., None], axis=-1)[..., 0]
-    fixed, whole = mx.stop_gradient(logits), mx.stop_gradient(norm)
-    expected = (mx.exp(fixed - whole[..., None]) * fixed).sum(axis=-1)
-    return chosen - norm, whole - expected
+    chosen = mx.take_along_axis(logits, batch.ids[:, 1:, None], axis=-1)[..., 0]
+    fixed = mx.stop_gradient(logits)
+    likely = mx.softmax(fixed, axis=-1)  # once, for the norm, its gradient and the entropy
+    norm = fixed.max(axis=-1) - mx.log(likely.max(axis=-1))  # [N, T]
+    entropy = norm - (likely * fixed).sum(axis=-1)
+    return chosen - norm - (likely * (logits - fixed)).sum(axis=-1), entropy
 
 
 def policy_loss(
@@ -386,24 +391,24 @@ def make_log_probs(model: Any, temperature: float) -> Callable[[Completions], mx
     """The log-probabilities of `log_probs`, compiled."""
 
     @partial(mx.compile, inputs=[model.state, mx.random.state], outputs=[mx.random.state])
-    def run(ids: mx.array, places: mx.array) -> mx.array:
-        return log_probs(model, ids, places, temperature)[0]
+    def run(*batch: mx.array) -> mx.array:
+        return log_probs(model, Completions(*batch), temperature)[0]
 
-    return lambda batch: run(batch.ids, batch.places)
+    return lambda batch: run(*batch)
 
 
 Found = tuple[tuple[mx.array, ...], Any]
 
 
 def make_gradient(
-    model: Any, policy: PolicyConfig, temperature: float
+    model: Any, policy: PolicyConfig, temperature: float, checkpoint: bool = False
 ) -> Callable[[Completions, mx.array | None, mx.array], Found]:
     """A compiled (batch, old, reference) -> what policy_loss returns and the summed entropy, and the gradient
     of the loss. Without `old` the model is where it was: the ratio is 1, its gradient that of the policy.
     """
 
     def total(batch: Completions, old: mx.array | None, reference: mx.array) -> tuple[mx.array, ...]:
-        new, entropy = log_probs(model, batch.ids, batch.places, temperature)
+        new, entropy = log_probs(model, batch, temperature, checkpoint=checkpoint)
         old = mx.stop_gradient(new) if old is None else old
         return *policy_loss(new, old, reference, batch, policy), (entropy * batch.mask).sum()
 
@@ -425,16 +430,34 @@ def _padded(
     counts: Sequence[int],
     weights: np.ndarray,
     advantages: np.ndarray,
+    limit: int,
 ) -> Completions:
-    longest = max(len(prompt) + len(ids) for prompt, ids in rows)
-    ids = np.zeros((len(rows), 1 + PADDED_TO * math.ceil((longest - 1) / PADDED_TO)), np.int32)
-    learned = np.zeros(ids.shape, bool)
-    for row, ((prompt, completion), count) in enumerate(zip(rows, counts, strict=True)):
-        ids[row, : len(prompt) + len(completion)] = [*prompt, *completion]
-        learned[row, len(prompt) : len(prompt) + count] = True
-    places, mask = learned_places(mx.array(learned))
-    weighed = mask * mx.array(weights[:, None], mx.float32)
-    return Completions(mx.array(ids), places, mask, mx.array(advantages, mx.float32), weighed)
+    """Rows of a prompt's and a completion's tokens, the latter at most `limit`."""
+    prompts = list(dict.fromkeys(tuple(prompt) for prompt, _ in rows))
+    length = _rounded(max(map(len, prompts)) - 1, PROMPT_PADDED_TO)
+    read = np.zeros((len(prompts), length), np.int32)
+    padding = np.array([length + 1 - len(prompt) for prompt in prompts])
+    for row, (prompt, left) in enumerate(zip(prompts, padding, strict=True)):
+        read[row, left:] = prompt[:-1]
+    new = min(_rounded(max(len(ids) for _, ids in rows), PADDED_TO), limit)
+    ids = np.zeros((len(rows), 1 + new), np.int32)
+    for row, (prompt, completion) in enumerate(rows):
+        ids[row, : 1 + len(completion)] = [prompt[-1], *completion]
+    mask = mx.array(np.arange(new) < np.array(counts)[:, None])
+    return Completions(
+        mx.array(read),
+        mx.array(padding),
+        mx.array([prompts.index(tuple(prompt)) for prompt, _ in rows]),
+        mx.array(ids),
+        mask,
+        mx.array(advantages, mx.float32),
+        mask * mx.array(weights[:, None], mx.float32),
+    )
+
+
+def _rounded(length: int, multiple: int) -> int:
+    """The next multiple, at least one."""
+    return multiple * max(1, math.ceil(length / multiple))
 
 
 def _mean(values: Sequence[mx.array], masks: Sequence[mx.array]) -> float:

@@ -65,7 +65,7 @@ class SftTrainer(AdapterTrainer):
         steps = max(1, round(training.epochs * self.per_epoch))
         steps = min(steps, training.max_steps or steps)
         super().__init__(config, loaded, {"name": data.name}, steps, say=say)
-        self._gradient = make_gradient(self.model)
+        self._gradient = make_gradient(self.model, config.training.grad_checkpoint)
         self._loss = make_loss(self.model)
 
     def train_step(self, step: int) -> Logged:
@@ -201,17 +201,20 @@ def learned_places(mask: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def token_losses(
-    model: Any, ids: mx.array, places: mx.array, rows: mx.array | None = None
+    model: Any, ids: mx.array, places: mx.array, rows: mx.array | None = None, *, checkpoint: bool = False
 ) -> tuple[mx.array, mx.array]:
     """Cross entropy of the tokens after `places` [B, T], and whether each was the likeliest, [B, T]."""
-    hidden = hidden_states(model, ids[:, :-1], None if rows is None else rows[:, :-1])  # [B, S - 1, D]
+    rows = None if rows is None else rows[:, :-1]
+    hidden = hidden_states(model, ids[:, :-1], rows, checkpoint=checkpoint)  # [B, S - 1, D]
     logits = head(model, mx.take_along_axis(hidden, places[..., None], axis=1))  # [B, T, V]
     targets = mx.take_along_axis(ids, places + 1, axis=1)
     losses = nn.losses.cross_entropy(logits.astype(mx.float32), targets)
     return losses, mx.argmax(logits, axis=-1) == targets
 
 
-def make_gradient(model: Any) -> Callable[[TokenBatch, mx.array], tuple[mx.array, Any]]:
+def make_gradient(
+    model: Any, checkpoint: bool = False
+) -> Callable[[TokenBatch, mx.array], tuple[mx.array, Any]]:
     """A compiled (batch, scale) -> scale times the summed loss, and its gradient; leaves the model as it
     is.
     """
@@ -219,7 +222,7 @@ def make_gradient(model: Any) -> Callable[[TokenBatch, mx.array], tuple[mx.array
     def total(
         ids: mx.array, places: mx.array, counted: mx.array, rows: mx.array | None, scale: mx.array
     ) -> mx.array:
-        losses, _ = token_losses(model, ids, places, rows)
+        losses, _ = token_losses(model, ids, places, rows, checkpoint=checkpoint)
         return scale * (losses * counted).sum()
 
     value_and_gradient = nn.value_and_grad(model, total)

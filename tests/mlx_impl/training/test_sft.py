@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from common.data.language import batch_order
 from common.expansion.config import LoraConfig
 from common.expansion.prompts import ExpansionPrompts, load_tokenizer
 from mlx_impl.models.qwen import Origin, add_lora, load_base, without_adapter
-from mlx_impl.training.adapters import checkpointed, make_update
+from mlx_impl.training.adapters import make_update
 from mlx_impl.training.sft import SftTrainer, TokenBatch, make_gradient, pack_rows
 from tests.tiny_expansion import sft_config, write_expander, write_rows
 
@@ -113,8 +112,10 @@ def test_accumulated_batches_weigh_by_their_tokens(base: Path, trainer: SftTrain
     np.testing.assert_allclose(np.array(found[0] + found[1]), np.array(expected), atol=1e-6)
 
 
-def gradients(model: Any, batches: list[TokenBatch], scale: mx.array) -> tuple[float, dict[str, np.ndarray]]:
-    gradient = make_gradient(model)
+def gradients(
+    model: Any, batches: list[TokenBatch], scale: mx.array, checkpoint: bool = False
+) -> tuple[float, dict[str, np.ndarray]]:
+    gradient = make_gradient(model, checkpoint)
     found = [gradient(batch, scale) for batch in batches]
     total = found[0][1]
     for _, more in found[1:]:
@@ -128,7 +129,6 @@ def test_packed_rows_have_the_loss_and_gradient_of_single_ones(
 ) -> None:
     rows = base.parent / "rows"
     config = sft_config(rows, base, base, packing=True)
-    config = replace(config, training=replace(config.training, grad_checkpoint=checkpoint))
     packed = SftTrainer(
         config, adapted(base), trainer.prompts, load_expansions(str(rows)), say=lambda _: None
     )
@@ -136,9 +136,7 @@ def test_packed_rows_have_the_loss_and_gradient_of_single_ones(
     whole = [batch for step in range(1, trainer.per_epoch + 1) for batch in trainer.batches(step)]
     scale = mx.array(0.01)
     expected, theirs = gradients(adapted(base).model, whole, scale)
-    model = adapted(base).model
-    with checkpointed(model, config):
-        found, ours = gradients(model, packed.batches(1), scale)
+    found, ours = gradients(adapted(base).model, packed.batches(1), scale, checkpoint)
     assert sum(int(b.mask.sum()) for b in packed.batches(1)) == sum(int(b.mask.sum()) for b in whole)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     for name, value in theirs.items():
@@ -160,11 +158,7 @@ def test_packs_hold_every_row_once_in_both_forms(seed: int) -> None:
 def test_checkpointing_changes_memory_and_not_the_gradient(base: Path, trainer: SftTrainer) -> None:
     batch, scale = trainer.batches(1)[0], mx.array(0.01)
     plain = make_gradient(adapted(base).model)(batch, scale)
-    config = sft_config(base.parent / "rows", base, base)
-    config = replace(config, training=replace(config.training, grad_checkpoint=True))
-    model = adapted(base).model
-    with checkpointed(model, config):
-        again = make_gradient(model)(batch, scale)
+    again = make_gradient(adapted(base).model, checkpoint=True)(batch, scale)
     np.testing.assert_allclose(float(again[0]), float(plain[0]), rtol=1e-6)
     ours, theirs = (x[1]["model"]["layers"][0]["mlp"]["up_proj"]["lora_b"] for x in (plain, again))
     np.testing.assert_allclose(np.array(ours), np.array(theirs), atol=1e-6)
