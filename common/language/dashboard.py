@@ -224,11 +224,20 @@ def _technical_table(run: LanguageRun) -> Table:
     if run.taught:
         end, value = run.config["distillation"]["end_weight"], run.distillation_weight()
         rows.append(_row("distillation weight, last step", value, f"{end:g}", run.weight_reached()))
+        rows += [
+            _row(f"{name} against the teacher's certainty: {unit}, dev", last[key])
+            for name in ("magnitude", "phase")
+            for key, unit in ((f"{name}_r2", "R²"), (f"{name}_entropy_rank", "rank correlation with entropy"))
+            if key in last
+        ]
     return {
         "title": "Technical metrics",
         "columns": ["metric", "value", "target", "status"],
         "rows": rows,
-        "note": "Memory: over the segments of dev, at the last evaluation. Tokens: without padding.",
+        "note": (
+            "Memory: over the segments of dev, at the last evaluation. Tokens: without padding. R²: 1 - "
+            "squared error / that of the best constant; the rank correlation is -1 at best."
+        ),
     }
 
 

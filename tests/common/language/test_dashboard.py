@@ -71,6 +71,12 @@ def test_rows_that_do_not_apply_are_left_out_and_the_weight_has_its_target(tmp_p
     value, target, status = taught["distillation weight, last step"]
     assert (value, target, status) == (pytest.approx(0.049), "0.05", "reached")
     assert not [name for name in taught if "memory" in name]
+    aligned = {name: row[0] for name, row in taught.items() if "certainty" in name}
+    assert aligned == {
+        "magnitude against the teacher's certainty: R², dev": 0.25,
+        "magnitude against the teacher's certainty: rank correlation with entropy, dev": -0.5,
+        "phase against the teacher's certainty: R², dev": -0.125,
+    }
     remembers = cells(dashboard_tables(read_run(write_run(tmp_path, "infinito"))), "Technical metrics")
     assert remembers["memory: active slots of 8"][0] == 6.0
     assert "distillation weight, last step" not in remembers
@@ -90,10 +96,7 @@ def curves(figure: Any) -> dict[str, list[float]]:
 
 
 def test_the_figures_draw_what_was_logged_and_say_what_was_not(tmp_path: Path) -> None:
-    def r2(kind: str, step: int, line: Line) -> Line:
-        return line | {"magnitude_r2": 0.25} if kind == "dev" else line
-
-    run = read_run(write_run(tmp_path, "indra", r2))
+    run = read_run(write_run(tmp_path, "indra"))
     drawn = figures(run, run.inspection)
     both = curves(drawn["Cross-entropy and distillation"])
     assert both["cross-entropy"][-1] == pytest.approx(3.1)
