@@ -177,6 +177,7 @@ def _folder(
         data_fingerprint=data.fingerprint,
         inputs={"command": type(config).__name__, **inputs},
         device=accelerator(),
+        flags="--output",
     )
 
 
