@@ -186,10 +186,12 @@ def test_grpo_takes_the_type_of_its_config_and_notes_the_collection_it_was_rewar
         model=replace(config.model, torch_dtype="bfloat16"),
         training=replace(config.training, max_steps=1, batch_size=8, gradient_accumulation_steps=1),
         evaluation=replace(config.evaluation, queries=4, max_tokens=4),
-        dataset=replace(config.dataset, max_samples=4),
+        dataset=replace(config.dataset, name=str(tmp_path / "no rows"), max_samples=4),
         reward=reward,
     ).validate()
-    run = train_grpo(config, OPTIONS, silent)
+    said: list[str] = []
+    run = train_grpo(config, OPTIONS, said.append)
+    assert "queries are those of generated: dataset.name is not read" in said
     assert load_trained(str(run), say=silent).model.layers[0].mlp.up_proj.weight.dtype == mx.bfloat16
     assert read_json(run / "best" / "training.json")["data"]["name"].startswith("generated")
     inputs = read_json(run / "config.json")["inputs"]
