@@ -70,8 +70,7 @@ class RunFolder:
 
         `device` names the accelerator in words; the CPU when absent. Resuming asks for the same config, data
         and `inputs`, what else it depends on (base, backend). `flags` of the command choose a folder.
-        UserError: a bad name, other settings, data
-        or inputs, a folder in use or of other files.
+        UserError: a bad name, other settings, data or inputs, a folder in use or of other files.
         """
         path = Path(root) / _checked(name)
         now = {

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.backends import checkpoint_identity, load_encoder
-from common.checkpoint import CONFIG_FILE
+from common.checkpoint import CONFIG_FILE, TRAINING_FILE, read_json
 from common.config import to_dict
 from common.data.expansion import ExpansionData
 from common.data.sources import load_ranking_data
@@ -84,6 +84,7 @@ def train_grpo(config: GrpoConfig, options: ExpansionOptions, say: Say = print) 
     """Run `grpo`, or go on with it; returns the run's folder. Raises UserError before anything is trained."""
     loaded = _start(config, say)
     retrieval, inputs = _retrieval(config, say), {"start": _identity(loaded.origin)}
+    _tell_other_prompts(config, say)
     prompts = expansion_prompts(config, loaded)
     add_lora(loaded, config.lora, config.training.seed)
     if retrieval is None:
@@ -126,6 +127,20 @@ def _start(config: GrpoConfig, say: Say) -> LanguageModel:
             f"{loaded.origin.bits or 'no'} bits of quantisation; GRPO keeps what it had. Leave the key out."
         )
     return loaded
+
+
+def _tell_other_prompts(config: GrpoConfig, say: Say) -> None:
+    """Say which prompt settings are not those that the SFT adapter was trained with."""
+    adapter = None if config.model.sft == "none" else find_adapter(Path(config.model.sft))
+    if adapter is None or not (adapter / TRAINING_FILE).exists():
+        return
+    before = read_json(adapter / TRAINING_FILE)["config"].get("prompt", {})
+    for name, value in to_dict(config.prompt).items():
+        if before.get(name, value) != value:
+            say(
+                f"warning: prompt.{name} is {value!r}, the SFT model learned with {before[name]!r}: set it "
+                "to the same unless the difference is meant."
+            )
 
 
 def _identity(origin: Origin) -> str:

@@ -198,6 +198,20 @@ def test_grpo_takes_the_type_of_its_config_and_notes_the_collection_it_was_rewar
     assert inputs["retrieval"] == load_ranking_data("generated").fingerprint
 
 
+def test_prompts_that_the_sft_model_has_not_learned_are_named(trained: Trained, tmp_path: Path) -> None:
+    config, dry = grpo_config(trained.rows, trained.sft, tmp_path / "grpo"), ExpansionOptions(dry_run=True)
+    said: list[str] = []
+    train_grpo(config, dry, said.append)
+    assert not [line for line in said if "warning" in line]
+    other = replace(config, prompt=replace(config.prompt, system="consumer", no_think=False))
+    train_grpo(other, dry, said.append)
+    told = [line.partition(": set it")[0] for line in said if "warning" in line]
+    assert told == [
+        "warning: prompt.system is 'consumer', the SFT model learned with 'none'",
+        "warning: prompt.no_think is False, the SFT model learned with True",
+    ]
+
+
 def test_a_head_of_its_own_is_trained_and_fused(trained: Trained, tmp_path: Path) -> None:
     base = write_expander(tmp_path / "base", trained.rows, tie_word_embeddings=False)
     run = train_sft(sft_config(trained.rows, base, tmp_path / "sft", max_steps=1), OPTIONS, silent)
