@@ -351,6 +351,7 @@ def attention_figure(inspection: Mapping[str, Any] | None) -> Any:
 def memory_figure(inspection: Mapping[str, Any] | None) -> Any:
     """What each slot holds after each segment of a text: importance, age, read weight; and the rotation."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     if inspection is None:
         return _NOT_ENDED
@@ -376,6 +377,7 @@ def memory_figure(inspection: Mapping[str, Any] | None) -> Any:
         _plain(axes[3], "rotation: slots replaced / slots")
         for axis in axes:
             axis.set_xlabel("segment", fontsize=9, color=INK)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return figure
 
 

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from common.errors import UserError
@@ -126,6 +127,10 @@ def test_the_maps_show_each_layer_and_each_slot() -> None:
     ]
     (rotation,) = (axis.get_lines()[0] for axis in figure.axes if axis.get_lines())
     assert list(rotation.get_ydata()) == [1.0, 0.5, 0.5, 0.5, 0.5, 0.5]
+    short = {name: np.asarray(values)[..., :3].tolist() for name, values in look["memory"].items()}
+    few = memory_figure({"memory": short})
+    few.draw_without_rendering()
+    assert all(tick == int(tick) for axis in few.axes[:4] for tick in axis.get_xticks())
     assert attention_figure({"attention": None, "memory": None}) == "This model has no attention."
     assert memory_figure({"attention": None, "memory": None}) == "This model has no memory of slots."
 
