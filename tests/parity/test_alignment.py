@@ -18,7 +18,9 @@ from tests.languages import randomise
 from tests.parity.backends import MODEL_TOLERANCE, Backend, check_all
 from tests.tiny_language import SIZES, recipe, write_articles
 
-NAMES = {f"{kind}_{what}" for kind in ("magnitude", "phase") for what in ("r2", "entropy_rank")}
+KINDS = ("magnitude", "phase")
+# A rank jumps where rounding decides between tokens that are nearly as certain: its tolerance is wider.
+TOLERANCES = {"r2": MODEL_TOLERANCE, "entropy_rank": 1e-2}
 
 
 def write_model(backend: Backend, folder: Path, config: Any, prepared: PreparedLanguage, seed: int) -> Any:
@@ -66,13 +68,16 @@ def test_a_run_logs_the_r2_of_magnitude_and_phase_on_dev(
         with RunFolder.create(tmp_path / backend.name, "indra", to_dict(config)) as folder:
             trainer.run(folder)
             (line,) = folder.read_metrics("dev")
-        found.append({name: np.float64(line[name]) for name in NAMES})
+        found.append({name: np.float64(line[name]) for name in line if name.startswith(KINDS)})
     assert sum("magnitude_r2 " in line and "phase_r2 " in line for line in said) == 2
-    check_all("alignment on dev", "jax with mlx", *found, 10 * MODEL_TOLERANCE)
+    assert found[0].keys() == {f"{kind}_{what}" for kind in KINDS for what in TOLERANCES}
+    for what, tolerance in TOLERANCES.items():
+        pair = ({name: x for name, x in values.items() if name.endswith(what)} for values in found)
+        check_all(f"alignment on dev, {what}", "jax with mlx", *pair, tolerance)
     r2 = expected_r2(twins[0], (student, teacher), prepared)
     for backend, values in zip(twins, found, strict=True):
         ours = {name: values[name] for name in r2}
-        check_all("alignment on dev", f"{backend.name} with float64", ours, r2, 10 * MODEL_TOLERANCE)
+        check_all("alignment on dev, r2", f"{backend.name} with float64", ours, r2, MODEL_TOLERANCE)
 
 
 def test_a_recipe_that_aligns_nothing_does_not_ask_its_teacher(
