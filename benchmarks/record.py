@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -131,12 +132,21 @@ def compared(
     }
 
 
+_BESIDE = re.compile(r"\d+gb|hbm\d*e?|pcie|sxm\d*|nvl")
+
+
 def device_name() -> str:
     """A short name of what JAX computes on, as it stands in file names: cpu, h200, ..."""
     import jax
 
     device = jax.devices()[0]
-    return "cpu" if device.platform == "cpu" else device.device_kind.lower().split()[-1]
+    return "cpu" if device.platform == "cpu" else short_name(device.device_kind)
+
+
+def short_name(kind: str) -> str:
+    """The last word that is not of memory or socket: h100 of "NVIDIA H100 80GB HBM3"."""
+    words = kind.lower().split()
+    return next((word for word in reversed(words) if not _BESIDE.fullmatch(word)), words[-1])
 
 
 def command_line() -> str:

@@ -30,6 +30,8 @@ _PACKAGES = (
 _SHOWN = ("jax", "flax", "mlx", "numpy", "tokenizers", "bm25s", "faiss-cpu")
 RESULTS_FILE = "results.json"  # {"tables": [report.Table, ...], ...}, of a run that was evaluated
 
+FLAGS = "--name or --runs"  # of most commands: what chooses a run's folder
+
 
 class RunFolder:
     """runs/<name>/: config.json, metrics.jsonl, tb/, state/, best/, final/, report.html.
@@ -37,8 +39,9 @@ class RunFolder:
     One process owns it at a time. Use as a context manager, or call `close`.
     """
 
-    def __init__(self, path: Path, *, owned: bool = True) -> None:
-        """Open an existing folder; `create` makes or resumes one."""
+    def __init__(self, path: Path, *, owned: bool = True, flags: str = FLAGS) -> None:
+        """Open an existing folder; `create` makes or resumes one. `flags` choose another one."""
+        self._flags = flags
         self.path = path
         self.state = path / "state"  # training state to resume from
         self.best = path / "best"  # checkpoint directories
@@ -48,7 +51,7 @@ class RunFolder:
         self._started = time.monotonic()
         self._board: Any = None
         self._purge_step: int | None = None
-        self._lock = _lock(path) if owned else -1
+        self._lock = _lock(path, flags) if owned else -1
 
     @classmethod
     def create(
@@ -61,12 +64,13 @@ class RunFolder:
         data_fingerprint: str | None = None,
         inputs: Mapping[str, str] | None = None,
         device: str | None = None,
+        flags: str = FLAGS,
     ) -> Self:
         """Make `root`/`name`, or go on in it; with `resume=False` an earlier run of that name is deleted.
 
         `device` names the accelerator in words; the CPU when absent. Resuming asks for the same config, data
-        and `inputs`, what else it depends on (base, backend). UserError: a bad name, other settings, data
-        or inputs, a folder in use or of other files.
+        and `inputs`, what else it depends on (base, backend). `flags` of the command choose a folder.
+        UserError: a bad name, other settings, data or inputs, a folder in use or of other files.
         """
         path = Path(root) / _checked(name)
         now = {
@@ -77,7 +81,7 @@ class RunFolder:
         here = environment(device)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            run = cls(path)
+            run = cls(path, flags=flags)
             try:
                 run._begin(now, here, resume)
             except BaseException:
@@ -96,14 +100,14 @@ class RunFolder:
         """Check or clear what the folder holds, then write config.json."""
         file = self.path / "config.json"
         if not file.exists() and {item.name for item in self.path.iterdir()} - {".lock"}:
-            raise UserError(f"{self.path}: holds other files and no run. Choose another --name or --runs.")
+            raise UserError(f"{self.path}: holds other files and no run. Choose another {self._flags}.")
         if file.exists() and not resume:
             _clear(self.path)
         if not file.exists():
             self.write_json("config.json", {**now, "environments": [here]})
             return
         before = read_json(file)
-        _same_run(before, now, self.path)
+        _same_run(before, now, self.path, self._flags)
         environments = before["environments"]
         if {**environments[-1], "started": ""} != {**here, "started": ""}:
             self.write_json("config.json", {**before, "environments": [*environments, here]})
@@ -295,7 +299,7 @@ def _clear(path: Path) -> None:
             item.unlink()
 
 
-def _same_run(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+def _same_run(before: Mapping[str, Any], now: Mapping[str, Any], path: Path, flags: str = FLAGS) -> None:
     """Refuse to go on with another recipe or other data under the same name.
 
     A setting that is newer than the run had its default then; inputs that it did not note are not known.
@@ -313,7 +317,7 @@ def _same_run(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> 
     if differ:
         raise UserError(
             f"{path} is a run with other settings:\n{listed(differ)}\n"
-            "Give this one another --name or --runs, or delete the old run (--fresh does) and start over."
+            f"Give this one another {flags}, or delete the old run (--fresh does) and start over."
         )
 
 
@@ -338,7 +342,7 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def _lock(path: Path) -> int:
+def _lock(path: Path, flags: str) -> int:
     """Take the folder for this process; the system lets go of it when the process ends, however it ends."""
     descriptor = os.open(path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
     try:
@@ -346,7 +350,7 @@ def _lock(path: Path) -> int:
     except BlockingIOError:
         os.close(descriptor)
         raise UserError(
-            f"{path}: another process is using this run. Wait for it, or choose another --name."
+            f"{path}: another process is using this run. Wait for it, or choose another {flags}."
         ) from None
     return descriptor
 

@@ -293,6 +293,6 @@ def memory_explained(advice: str) -> Iterator[None]:
             raise
         text = str(error)
         raise UserError(
-            f"out of memory: {advice}. Then start --fresh or with another --name. "
+            f"out of memory: {advice}. Then start --fresh, or as another run. "
             f"({text.splitlines()[0] if text else 'host memory'})"
         ) from error

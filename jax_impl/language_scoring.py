@@ -16,7 +16,7 @@ from flax import nnx
 from common.data.language import LanguageBatch
 from common.language.evaluation import TokenScores
 from jax_impl.language import load_language_model
-from jax_impl.losses.language import token_nll
+from jax_impl.losses.language import phase_magnitude_means, token_nll
 from jax_impl.models.decoder import LanguageModel
 from jax_impl.scoring import default_dtype
 from jax_impl.training.language_step import emptied
@@ -53,8 +53,9 @@ class ModelScorer:
             memory = self._model.empty_memory(len(batch.reset))
         before = None if memory is None else emptied(memory, batch.reset[:, 0])
         parts = (batch.input_ids[:, 0], batch.labels[:, 0], batch.mask[:, 0], batch.segments[:, 0])
-        nll, after, read = self._call(self._state, before, *parts)
-        return TokenScores(np.asarray(nll), after, *_use(before, after, read))
+        nll, after, read, aligned = self._call(self._state, before, *parts)
+        told = None if aligned is None else np.asarray(aligned)
+        return TokenScores(np.asarray(nll), after, *_use(before, after, read), told)
 
     def attention(self, input_ids: np.ndarray) -> tuple[np.ndarray, ...]:
         """Attention weights [B, H, S, S] of each layer over texts [B, S], after an empty memory."""
@@ -62,11 +63,12 @@ class ModelScorer:
 
     def _compute(
         self, state: Any, memory: Any, ids: Any, labels: Any, mask: Any, segments: Any
-    ) -> tuple[jax.Array, Any, Any]:
+    ) -> tuple[jax.Array, Any, Any, jax.Array | None]:
         model = nnx.merge(self._graphdef, state)
         out = model(ids, segments, memory=memory)
         nll = jnp.where(mask, token_nll(out.logits, labels), 0.0)
-        return nll, out.memory, out.read
+        aligned = None if out.state is None else jnp.stack(phase_magnitude_means(*out.state), axis=-1)
+        return nll, out.memory, out.read, aligned
 
 
 def _use(

@@ -115,6 +115,10 @@ def evaluate(options: EvalOptions, say: Callable[[str], None] = print) -> Expans
     """
     if not options.models:
         raise UserError("no model given: name a run, an adapter directory or a checkpoint.")
+    places = [Path(name) for name in options.models]
+    twice = sorted({str(place) for place in places if places.count(place) > 1})
+    if twice:
+        raise UserError(f"given more than once: {', '.join(twice)}. Name each model once.")
     _check(options)
     queries = _queries(options)
     golden = load_expansions(options.golden).val if options.golden else ()

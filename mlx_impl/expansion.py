@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.backends import checkpoint_identity, load_encoder
-from common.checkpoint import CONFIG_FILE
+from common.checkpoint import CONFIG_FILE, TRAINING_FILE, read_json
 from common.config import to_dict
 from common.data.expansion import ExpansionData
 from common.data.sources import load_ranking_data
@@ -61,14 +61,14 @@ def train_sft(config: SftConfig, options: ExpansionOptions, say: Say = print) ->
             base = tiny_base(Path(folder) / "base", data, config.training.seed)
             return _dry(_sft_trainer(config, base, data, say))
     if config.model.base == TINY:
-        with _folder(config, options, data, {"base": TINY}) as run:
+        with _folder(config, options, data.fingerprint, {"base": TINY}) as run:
             base = tiny_base(run.path / "base", data, config.training.seed)
             return _run(_sft_trainer(config, base, data, say), run)
     base = resolve_base(config.model.base, say)
     trainer = _sft_trainer(config, base, data, say)
     if options.dry_run:
         return _dry(trainer)
-    with _folder(config, options, data, {"base": checkpoint_identity(base)}) as run:
+    with _folder(config, options, data.fingerprint, {"base": checkpoint_identity(base)}) as run:
         return _run(trainer, run)
 
 
@@ -83,14 +83,18 @@ def _sft_trainer(config: SftConfig, base: Path, data: ExpansionData, say: Say) -
 def train_grpo(config: GrpoConfig, options: ExpansionOptions, say: Say = print) -> Path:
     """Run `grpo`, or go on with it; returns the run's folder. Raises UserError before anything is trained."""
     loaded = _start(config, say)
-    data, retrieval = load_rows(config.dataset, say), _retrieval(config, say)
-    inputs, name = {"start": _identity(loaded.origin)}, data.name
+    retrieval, inputs = _retrieval(config, say), {"start": _identity(loaded.origin)}
+    _tell_other_prompts(config, say)
     prompts = expansion_prompts(config, loaded)
     add_lora(loaded, config.lora, config.training.seed)
-    queries = [row.query for row in data.train]
-    held_out = [row.query for row in data.val]
-    if retrieval is not None:
-        inputs["retrieval"], name = retrieval.fingerprint, f"{config.reward.retrieval_data} (its queries)"
+    if retrieval is None:
+        data = load_rows(config.dataset, say)
+        name, fingerprint = data.name, data.fingerprint
+        queries, held_out = [row.query for row in data.train], [row.query for row in data.val]
+    else:
+        name, fingerprint = f"{config.reward.retrieval_data} (its queries)", retrieval.fingerprint
+        say(f"queries are those of {config.reward.retrieval_data}: dataset.name is not read")
+        inputs["retrieval"] = fingerprint
         asked = sorted(retrieval.queries, key=lambda query: hashlib.sha256(query.encode()).digest())
         cut = max(1, len(asked) // 10)
         queries, held_out = asked[cut:], asked[:cut]
@@ -98,7 +102,7 @@ def train_grpo(config: GrpoConfig, options: ExpansionOptions, say: Say = print) 
     trainer = GrpoTrainer(config, loaded, prompts, queries, held_out, rewards, data_name=name, say=say)
     if options.dry_run:
         return _dry(trainer)
-    with _folder(config, options, data, inputs) as run:
+    with _folder(config, options, fingerprint, inputs) as run:
         return _run(trainer, run)
 
 
@@ -123,6 +127,20 @@ def _start(config: GrpoConfig, say: Say) -> LanguageModel:
             f"{loaded.origin.bits or 'no'} bits of quantisation; GRPO keeps what it had. Leave the key out."
         )
     return loaded
+
+
+def _tell_other_prompts(config: GrpoConfig, say: Say) -> None:
+    """Say which prompt settings are not those that the SFT adapter was trained with."""
+    adapter = None if config.model.sft == "none" else find_adapter(Path(config.model.sft))
+    if adapter is None or not (adapter / TRAINING_FILE).exists():
+        return
+    before = read_json(adapter / TRAINING_FILE)["config"].get("prompt", {})
+    for name, value in to_dict(config.prompt).items():
+        if before.get(name, value) != value:
+            say(
+                f"warning: prompt.{name} is {value!r}, the SFT model learned with {before[name]!r}: set it "
+                "to the same unless the difference is meant."
+            )
 
 
 def _identity(origin: Origin) -> str:
@@ -164,7 +182,7 @@ def expansion_prompts(config: SftConfig | GrpoConfig, loaded: LanguageModel) -> 
 
 
 def _folder(
-    config: SftConfig | GrpoConfig, options: ExpansionOptions, data: ExpansionData, inputs: dict[str, str]
+    config: SftConfig | GrpoConfig, options: ExpansionOptions, fingerprint: str, inputs: dict[str, str]
 ) -> RunFolder:
     output = Path(config.model.output).expanduser()
     if options.fresh:
@@ -174,9 +192,10 @@ def _folder(
         output.name,
         to_dict(config),
         resume=not options.fresh,
-        data_fingerprint=data.fingerprint,
+        data_fingerprint=fingerprint,
         inputs={"command": type(config).__name__, **inputs},
         device=accelerator(),
+        flags="--output",
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from common.data.language import LanguageBatch
 from common.language.evaluation import TokenScores
 from mlx_impl.language import load_language_model
-from mlx_impl.losses.language import token_nll
+from mlx_impl.losses.language import phase_magnitude_means, token_nll
 from mlx_impl.models.decoder import LanguageModel
 from mlx_impl.models.layers import given_parameters
 from mlx_impl.scoring import default_dtype
@@ -52,8 +52,10 @@ class ModelScorer:
         with given_parameters(self._model, self._state):
             out = self._model(ids, segments, memory=before)
             nll = mx.where(mask, token_nll(out.logits, labels), 0.0)
-            mx.eval(nll, [] if out.memory is None else list(out.memory), [] if out.read is None else out.read)
-        return TokenScores(np.asarray(nll), out.memory, *_use(before, out.memory, out.read))
+            aligned = None if out.state is None else mx.stack([*phase_magnitude_means(*out.state)], axis=-1)
+            mx.eval(nll, [x for x in (out.memory and list(out.memory), out.read, aligned) if x is not None])
+        told = None if aligned is None else np.asarray(aligned)
+        return TokenScores(np.asarray(nll), out.memory, *_use(before, out.memory, out.read), told)
 
     def attention(self, input_ids: np.ndarray) -> tuple[np.ndarray, ...]:
         """Attention weights [B, H, S, S] of each layer over texts [B, S], after an empty memory."""

@@ -47,6 +47,8 @@ def dev_line(kind: str, step: int) -> Line:
             "rotation": 0.4,
         }
         line |= used
+    if kind == "indra":
+        line |= {"magnitude_r2": 0.25, "magnitude_entropy_rank": -0.5, "phase_r2": -0.125}
     return line
 
 

@@ -224,11 +224,20 @@ def _technical_table(run: LanguageRun) -> Table:
     if run.taught:
         end, value = run.config["distillation"]["end_weight"], run.distillation_weight()
         rows.append(_row("distillation weight, last step", value, f"{end:g}", run.weight_reached()))
+        rows += [
+            _row(f"{name} against the teacher's certainty: {unit}, dev", last[key])
+            for name in ("magnitude", "phase")
+            for key, unit in ((f"{name}_r2", "R²"), (f"{name}_entropy_rank", "rank correlation with entropy"))
+            if key in last
+        ]
     return {
         "title": "Technical metrics",
         "columns": ["metric", "value", "target", "status"],
         "rows": rows,
-        "note": "Memory: over the segments of dev, at the last evaluation. Tokens: without padding.",
+        "note": (
+            "Memory: over the segments of dev, at the last evaluation. Tokens: without padding. R²: 1 - "
+            "squared error / that of the best constant; the rank correlation is -1 at best."
+        ),
     }
 
 
@@ -342,6 +351,7 @@ def attention_figure(inspection: Mapping[str, Any] | None) -> Any:
 def memory_figure(inspection: Mapping[str, Any] | None) -> Any:
     """What each slot holds after each segment of a text: importance, age, read weight; and the rotation."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     if inspection is None:
         return _NOT_ENDED
@@ -367,6 +377,7 @@ def memory_figure(inspection: Mapping[str, Any] | None) -> Any:
         _plain(axes[3], "rotation: slots replaced / slots")
         for axis in axes:
             axis.set_xlabel("segment", fontsize=9, color=INK)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return figure
 
 

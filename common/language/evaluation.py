@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from common.data.language import PADDED_TO, LanguageBatch, TokenDocuments, evaluation_batches
-from common.metrics.language import Perplexity, memory_statistics, perplexity
+from common.metrics.language import Perplexity, alignment_statistics, memory_statistics, perplexity
 from common.progress import progress
 
 
@@ -22,6 +22,7 @@ class TokenScores(NamedTuple):
     importance: np.ndarray | None  # float32 [B, N], after the segment
     age: np.ndarray | None  # float32 [B, N], segments since a slot was written, after the segment
     replaced: np.ndarray | None  # [B], slots that the segment overwrote
+    alignment: np.ndarray | None = None  # float32 [B, S, 2], phase_magnitude_means of a state
 
 
 class SegmentScorer(Protocol):
@@ -44,7 +45,7 @@ class AttentiveScorer(SegmentScorer, Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LanguageResult:
-    """A split's perplexity, how it was measured, and what the memory was used for."""
+    """A split's perplexity, how it was measured, use of the memory, alignment of the state."""
 
     perplexity: Perplexity
     mode: str  # static: every window begins with nothing; cache: memory of the document's earlier text
@@ -52,6 +53,7 @@ class LanguageResult:
     stride: int
     memory: dict[str, float] | None
     scores: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of the task, of what is generated
+    alignment: Mapping[str, float] | None = None  # with a teacher's certainty (alignment_statistics)
 
     def json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -61,6 +63,7 @@ class LanguageResult:
             "context": self.context,
             "stride": self.stride,
             "memory": self.memory,
+            "alignment": self.alignment,
             **self.scores,
         }
 
@@ -73,24 +76,24 @@ def evaluate_perplexity(
     cache: bool,
     batch_size: int = 16,
     stride: int | None = None,
+    certainties: Sequence[np.ndarray] | None = None,
 ) -> LanguageResult:
     """Perplexity of every counted token. `cache` carries memory through each document (a model with one).
 
-    `stride` (static only) is the tokens between windows, the context when absent. Raises ValueError for a
-    split without a counted token, and for a model whose numbers are not finite.
+    `stride` (static only) is the tokens between windows, the context when absent. `certainties` of a teacher
+    (`teacher_certainties` with the same arguments) are what a state's alignment is measured against. Raises
+    ValueError for a split without a counted token, and for a model whose numbers are not finite.
     """
     context = scorer.context
     stride = context if stride is None or cache else stride
-    segment = context if cache else min(context, _enough(documents))
-    batches = evaluation_batches(
-        documents, segment, batch_size, end, stride=min(stride, segment), carry=cache
-    )
+    batches = _batches(context, documents, end, cache=cache, batch_size=batch_size, stride=stride)
     nll, tokens = np.zeros(len(documents)), np.zeros(len(documents), np.int64)
     memory: Any = None
     seen: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    told: list[tuple[np.ndarray, np.ndarray]] = []
     total = int(documents.counted.sum())
     with progress(total, "perplexity: tokens") as steps:
-        for batch in batches:
+        for number, batch in enumerate(batches):
             scores = scorer.score(batch, memory)
             memory = scores.memory
             mask = batch.mask[:, 0]
@@ -105,10 +108,35 @@ def evaluate_perplexity(
             ):
                 used = mask.any(1)
                 seen.append((scores.read[used], scores.importance[used], scores.replaced[used]))
+            if certainties is not None and scores.alignment is not None:
+                told.append((scores.alignment[mask], certainties[number][mask]))
             steps.advance(int(mask.sum()))
     found = perplexity(nll, tokens, documents.words, documents.bytes)
     statistics = memory_statistics(*(np.concatenate(x) for x in zip(*seen, strict=True))) if seen else None
-    return LanguageResult(found, "cache" if cache else "static", context, stride, statistics)
+    aligned = alignment_statistics(*map(np.concatenate, zip(*told, strict=True))) if told else None
+    mode = "cache" if cache else "static"
+    return LanguageResult(found, mode, context, stride, statistics, alignment=aligned)
+
+
+def teacher_certainties(
+    certainty: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    context: int,
+    documents: TokenDocuments,
+    end: int,
+    *,
+    batch_size: int = 16,
+    stride: int | None = None,
+) -> list[np.ndarray]:
+    """What `certainty` (input ids, segments [B, S] -> float32 [B, S] in [0, 1]) says of each batch of
+    `evaluate_perplexity` without a cache, of a model with this context."""
+    stride = context if stride is None else stride
+    batches = _batches(context, documents, end, cache=False, batch_size=batch_size, stride=stride)
+    found = []
+    with progress(int(documents.counted.sum()), "teacher on dev: tokens") as steps:
+        for batch in batches:
+            found.append(certainty(batch.input_ids[:, 0], batch.segments[:, 0]))
+            steps.advance(int(batch.mask.sum()))
+    return found
 
 
 def evaluate_modes(
@@ -124,6 +152,14 @@ def evaluate_modes(
         evaluate_perplexity(scorer, documents, end, cache=cache, batch_size=batch_size, stride=stride)
         for cache in ((False, True) if scorer.carries else (False,))
     ]
+
+
+def _batches(
+    context: int, documents: TokenDocuments, end: int, *, cache: bool, batch_size: int, stride: int
+) -> Iterator[LanguageBatch]:
+    """`evaluation_batches`, whose windows are not longer than every document needs."""
+    segment = context if cache else min(context, _enough(documents))
+    return evaluation_batches(documents, segment, batch_size, end, stride=min(stride, segment), carry=cache)
 
 
 def _enough(documents: TokenDocuments) -> int:

@@ -12,14 +12,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.checkpoint import read_config
 from common.config import to_dict
 from common.data.language import LanguageBatch
 from common.errors import UserError
 from common.hub import resolve_model
-from common.language.architectures import LanguageModelConfig, language_config, parameter_count
+from common.language.architectures import IndraConfig, LanguageModelConfig, language_config, parameter_count
 from common.language.config import LanguageRecipe
-from common.language.evaluation import LanguageResult, evaluate_perplexity
+from common.language.evaluation import LanguageResult, evaluate_perplexity, teacher_certainties
 from common.language.generation import Engine
 from common.language.prepare import PreparedLanguage, plan_language
 from common.language.text import TOKENIZER_FILE, copy_tokenizer, load_tokenizer
@@ -44,6 +46,7 @@ class LanguageLoop(TrainingLoop[LanguageResult, LanguageBatch]):
         self.model_config = model_settings(recipe, prepared, self.base)
         self.teacher = teacher_directory(recipe, prepared, say=say)
         self.dev = prepared.split("dev", recipe.max_dev_documents)
+        self.certainties: list[np.ndarray] | None = None  # of the teacher, on dev
         self.plan = plan_language(recipe, prepared, say)
         self.steps = planned_steps(recipe.train, len(self.plan))
         train = recipe.train
@@ -56,6 +59,23 @@ class LanguageLoop(TrainingLoop[LanguageResult, LanguageBatch]):
     def engine(self) -> Engine:
         """The model as `scorer` has it, to generate with."""
         raise NotImplementedError
+
+    def ask_teacher(self, certainty: Callable[[np.ndarray, np.ndarray], np.ndarray], context: int) -> None:
+        """Keep the teacher's certainty on dev, where the recipe aligns a state with it: it does not change.
+
+        `certainty` is of input ids and segments [B, S]; `context` as the scorer's.
+        """
+        config, evaluation = self.model_config, self.recipe.evaluation
+        stateful = isinstance(config, IndraConfig) and config.projector != "none"
+        if stateful and self.recipe.distillation.phase_magnitude_weight:
+            self.certainties = teacher_certainties(
+                certainty,
+                context,
+                self.dev,
+                self.prepared.frame,
+                batch_size=evaluation.batch_size,
+                stride=evaluation.stride,
+            )
 
     def save_tokenizer(self, directory: Path) -> None:
         """Write the tokenizer; that of a base as it lies there, with its chat template."""
@@ -87,8 +107,9 @@ class LanguageLoop(TrainingLoop[LanguageResult, LanguageBatch]):
             "word_perplexity": found.word,
             "bits_per_byte": found.bits_per_byte,
         }
-        self.folder.log(step, "dev", numbers | (result.memory or {}) | dict(result.scores))
-        scores = "".join(f", {name} {value:.4f}" for name, value in result.scores.items())
+        aligned = dict(result.alignment or {})
+        self.folder.log(step, "dev", numbers | (result.memory or {}) | aligned | dict(result.scores))
+        scores = "".join(f", {name} {value:.4f}" for name, value in (aligned | dict(result.scores)).items())
         self.say(f"dev at step {step}, {result.mode}: {found.line()}{scores}")
 
     def _better(self, result: LanguageResult, notes: Notes) -> Notes | None:
@@ -113,6 +134,7 @@ class LanguageLoop(TrainingLoop[LanguageResult, LanguageBatch]):
                 cache=scorer.carries,
                 batch_size=evaluation.batch_size,
                 stride=evaluation.stride,
+                certainties=self.certainties,
             )
         except ValueError as error:
             raise UserError(

@@ -176,6 +176,31 @@ def memory_statistics(read: np.ndarray, importance: np.ndarray, replaced: np.nda
     }
 
 
+def alignment_statistics(read: np.ndarray, certainty: np.ndarray) -> dict[str, float]:
+    """How well magnitude and phase of a state tell a teacher's certainty c (DESIGN section 3, Indra).
+
+    Args:
+      read: [T, 2] of T tokens, mean_j m_j / (1 + m_j) and |mean_j e^{i phi_j}|, each in [0, 1].
+      certainty: [T] c = 1 - H / log V in [0, 1], H the entropy of the teacher's distribution.
+
+    Returns, of each, r2 in (-inf, 1]: 1 - squared error / that of the best constant, so 0 says no more than a
+    constant does; and entropy_rank in [-1, 1]: Spearman's correlation with H, -1 at best. What is not defined
+    (of a teacher that is always as certain, of a state that is always the same) is left out.
+    """
+    from scipy.stats import spearmanr
+
+    sure = certainty.astype(np.float64)
+    spread = float(np.mean((sure - sure.mean()) ** 2))
+    if not spread > 0.0:
+        return {}
+    found = {}
+    for name, told in zip(("magnitude", "phase"), read.astype(np.float64).T, strict=True):
+        found[f"{name}_r2"] = 1.0 - float(np.mean((told - sure) ** 2)) / spread
+        if np.ptp(told) > 0.0:
+            found[f"{name}_entropy_rank"] = float(spearmanr(told, -sure).statistic)
+    return found
+
+
 def exploration_share(sampled: np.ndarray, likeliest: np.ndarray) -> float:
     """Share of sampled tokens that are not the likeliest, in [0, 1]; NaN of none."""
     return float((np.asarray(sampled) != np.asarray(likeliest)).mean()) if len(sampled) else math.nan

@@ -25,7 +25,7 @@ from common.reranker.prepare import cache_root
 from jax_impl.generation import ModelEngine
 from jax_impl.language import build_language_model, load_language_model, save_language_model
 from jax_impl.language_scoring import ModelScorer
-from jax_impl.losses.language import store_teacher
+from jax_impl.losses.language import certainty, entropy, store_teacher
 from jax_impl.models.decoder import LanguageModel
 from jax_impl.models.lora import add_lora
 from jax_impl.scoring import accelerator, default_dtype
@@ -64,6 +64,7 @@ class LanguageTrainer(LanguageLoop):
         graphdef, learned, resting = nnx.split(self.model, _learns(recipe), ...)  # type: ignore[misc]
         optimizer = make_optimizer(train, self.steps)
         key = jax.random.fold_in(jax.random.key(train.seed), 1)
+        self._scorer, self._engine = ModelScorer(self.model), ModelEngine(self.model)
         taught, self._stored = self._teach(dtype)
         said = None if taught is None else nnx.state(taught)
         self._resting: Resting = self.devices.replicate(Resting(resting, said))
@@ -84,7 +85,6 @@ class LanguageTrainer(LanguageLoop):
             average=jax.tree.map(jnp.copy, learned) if train.average else None,
         )
         self.state: LanguageState = self.devices.replicate(state)
-        self._scorer, self._engine = ModelScorer(self.model), ModelEngine(self.model)
         learns = sum(x.size for x in jax.tree.leaves(learned))
         kind = jax.devices()[0].device_kind
         self.say(f"{learns:,} parameters learn; {self.devices.count} {kind} device(s), {dtype}")
@@ -104,6 +104,14 @@ class LanguageTrainer(LanguageLoop):
         if self.teacher is None:
             return None, None
         model, _ = load_language_model(self.teacher, dtype=dtype)
+        graphdef, state = nnx.split(model)
+
+        @jax.jit
+        def sure(state: Any, ids: Any, segments: Any) -> jax.Array:
+            logits = nnx.merge(graphdef, state)(ids, segments).logits
+            return certainty(entropy(logits), logits.shape[-1])
+
+        self.ask_teacher(lambda ids, segments: np.asarray(sure(state, ids, segments)), self._scorer.context)
         settings = self.recipe.distillation
         if not settings.stored:
             return model, None
@@ -112,7 +120,6 @@ class LanguageTrainer(LanguageLoop):
                 "distillation.stored needs rows that are packed: set it to 0 for Infinito and fine-tuning"
             )
         k, temperature = min(settings.stored, self.model_config.vocab_size), settings.temperature
-        graphdef, state = nnx.split(model)
 
         @jax.jit
         def outputs(state: Any, ids: Any, segments: Any) -> jax.Array:

@@ -24,7 +24,7 @@ from common.reranker.prepare import cache_root
 from mlx_impl.generation import ModelEngine
 from mlx_impl.language import build_language_model, load_language_model, save_language_model
 from mlx_impl.language_scoring import ModelScorer
-from mlx_impl.losses.language import store_teacher
+from mlx_impl.losses.language import certainty, entropy, store_teacher
 from mlx_impl.models.decoder import LanguageModel
 from mlx_impl.models.dropout import fold_in
 from mlx_impl.models.layers import Rngs, given_parameters
@@ -57,10 +57,10 @@ class LanguageTrainer(LanguageLoop):
             None if memory is None else memory._asdict(),
             tree_map(mx.array, self.model.trainable_parameters()) if train.average else None,
         )
+        self._scorer, self._engine = ModelScorer(self.model), ModelEngine(self.model)
         taught, self._stored = self._teach(dtype)
         key = fold_in(mx.random.key(train.seed), 1)
         self._step = make_language_step(recipe, self.state, key, self.steps, taught)
-        self._scorer, self._engine = ModelScorer(self.model), ModelEngine(self.model)
         flat: Any = tree_flatten(self.model.trainable_parameters())
         learns = sum(value.size for _, value in flat)
         self.say(f"{learns:,} parameters learn; {mx.default_device()}, {dtype}")
@@ -81,6 +81,12 @@ class LanguageTrainer(LanguageLoop):
         if self.teacher is None:
             return None, None
         model, _ = load_language_model(self.teacher, dtype=dtype)
+
+        def sure(ids: np.ndarray, segments: np.ndarray) -> np.ndarray:
+            logits = model(mx.array(ids), mx.array(segments)).logits
+            return np.asarray(certainty(entropy(logits), logits.shape[-1]))
+
+        self.ask_teacher(sure, self._scorer.context)
         settings = self.recipe.distillation
         if not settings.stored:
             return model, None

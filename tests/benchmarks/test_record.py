@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.record import Record, compared
+from benchmarks.record import Record, compared, short_name
 from common.errors import UserError
 
 WORKLOAD = {"lists": 3, "lengths": (32, 64)}
@@ -40,3 +40,16 @@ def test_rows_of_another_workload_are_refused(tmp_path: Path) -> None:
     record(tmp_path).add(compared("a", [1.0], [1.0], "p", "s"))
     with pytest.raises(UserError, match=r"another workload.*Move the file away"):
         record(tmp_path, {"lists": 4})
+
+
+@pytest.mark.parametrize(
+    ("kind", "short"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-40GB", "a100-sxm4-40gb"),
+    ],
+)
+def test_a_device_is_named_without_its_memory(kind: str, short: str) -> None:
+    assert short_name(kind) == short

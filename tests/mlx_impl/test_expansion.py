@@ -108,6 +108,13 @@ def test_grpo_starts_at_the_sft_model(trained: Trained) -> None:
     }
 
 
+def test_the_clip_acts_at_the_second_update_of_a_batch(trained: Trained) -> None:
+    assert grpo_config(trained.rows, trained.sft, trained.grpo).grpo.num_iterations == 2
+    shares = [line["clipped"] for line in lines_of(trained.grpo, "train")]
+    print(f"clipped: {shares}")
+    assert max(shares) > 0 and max(shares) <= 1
+
+
 def test_grpo_says_what_it_gained_on_queries_that_did_not_choose_the_best(trained: Trained) -> None:
     """start and best are the SFT run and best/ as anybody loads them; the last 2 of 4 held-out queries."""
     found = read_json(trained.grpo / "results.json")["held_out"]
@@ -179,14 +186,30 @@ def test_grpo_takes_the_type_of_its_config_and_notes_the_collection_it_was_rewar
         model=replace(config.model, torch_dtype="bfloat16"),
         training=replace(config.training, max_steps=1, batch_size=8, gradient_accumulation_steps=1),
         evaluation=replace(config.evaluation, queries=4, max_tokens=4),
-        dataset=replace(config.dataset, max_samples=4),
+        dataset=replace(config.dataset, name=str(tmp_path / "no rows"), max_samples=4),
         reward=reward,
     ).validate()
-    run = train_grpo(config, OPTIONS, silent)
+    said: list[str] = []
+    run = train_grpo(config, OPTIONS, said.append)
+    assert "queries are those of generated: dataset.name is not read" in said
     assert load_trained(str(run), say=silent).model.layers[0].mlp.up_proj.weight.dtype == mx.bfloat16
     assert read_json(run / "best" / "training.json")["data"]["name"].startswith("generated")
     inputs = read_json(run / "config.json")["inputs"]
     assert inputs["retrieval"] == load_ranking_data("generated").fingerprint
+
+
+def test_prompts_that_the_sft_model_has_not_learned_are_named(trained: Trained, tmp_path: Path) -> None:
+    config, dry = grpo_config(trained.rows, trained.sft, tmp_path / "grpo"), ExpansionOptions(dry_run=True)
+    said: list[str] = []
+    train_grpo(config, dry, said.append)
+    assert not [line for line in said if "warning" in line]
+    other = replace(config, prompt=replace(config.prompt, system="consumer", no_think=False))
+    train_grpo(other, dry, said.append)
+    told = [line.partition(": set it")[0] for line in said if "warning" in line]
+    assert told == [
+        "warning: prompt.system is 'consumer', the SFT model learned with 'none'",
+        "warning: prompt.no_think is False, the SFT model learned with True",
+    ]
 
 
 def test_a_head_of_its_own_is_trained_and_fused(trained: Trained, tmp_path: Path) -> None:
@@ -255,6 +278,9 @@ def test_what_eval_cannot_do_is_said_before_a_model_is_loaded(trained: Trained, 
         options = eval.EvalOptions((str(tmp_path / "no model"),), **({"output": tmp_path / "out"} | wrong))
         with pytest.raises(UserError, match=told):
             eval.evaluate(options, silent)
+    same = (str(tmp_path / "a"), str(tmp_path / "b"), f"{tmp_path}/a/")
+    with pytest.raises(UserError, match=r"given more than once: .*/a\. Name each model once"):
+        eval.evaluate(eval.EvalOptions(same, output=tmp_path / "out"), silent)
 
 
 def test_convert_replaces_no_files_that_are_not_its_own(trained: Trained, tmp_path: Path) -> None:
@@ -336,7 +362,7 @@ def test_grpo_stops_where_the_kl_runs_away(trained: Trained, tmp_path: Path) -> 
 def test_a_finished_run_of_other_settings_is_not_touched(trained: Trained) -> None:
     config = sft_config(trained.rows, trained.base, trained.sft, learning_rate=0.02)
     before = (trained.sft / "final" / "adapters.safetensors").read_bytes()
-    with pytest.raises(UserError, match="learning_rate"):
+    with pytest.raises(UserError, match=r"learning_rate(?s:.*)Give this one another --output, or delete"):
         train_sft(config, OPTIONS, silent)
     assert (trained.sft / "final" / "adapters.safetensors").read_bytes() == before
 

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from common.errors import UserError
@@ -71,6 +72,12 @@ def test_rows_that_do_not_apply_are_left_out_and_the_weight_has_its_target(tmp_p
     value, target, status = taught["distillation weight, last step"]
     assert (value, target, status) == (pytest.approx(0.049), "0.05", "reached")
     assert not [name for name in taught if "memory" in name]
+    aligned = {name: row[0] for name, row in taught.items() if "certainty" in name}
+    assert aligned == {
+        "magnitude against the teacher's certainty: R², dev": 0.25,
+        "magnitude against the teacher's certainty: rank correlation with entropy, dev": -0.5,
+        "phase against the teacher's certainty: R², dev": -0.125,
+    }
     remembers = cells(dashboard_tables(read_run(write_run(tmp_path, "infinito"))), "Technical metrics")
     assert remembers["memory: active slots of 8"][0] == 6.0
     assert "distillation weight, last step" not in remembers
@@ -90,10 +97,7 @@ def curves(figure: Any) -> dict[str, list[float]]:
 
 
 def test_the_figures_draw_what_was_logged_and_say_what_was_not(tmp_path: Path) -> None:
-    def r2(kind: str, step: int, line: Line) -> Line:
-        return line | {"magnitude_r2": 0.25} if kind == "dev" else line
-
-    run = read_run(write_run(tmp_path, "indra", r2))
+    run = read_run(write_run(tmp_path, "indra"))
     drawn = figures(run, run.inspection)
     both = curves(drawn["Cross-entropy and distillation"])
     assert both["cross-entropy"][-1] == pytest.approx(3.1)
@@ -123,6 +127,10 @@ def test_the_maps_show_each_layer_and_each_slot() -> None:
     ]
     (rotation,) = (axis.get_lines()[0] for axis in figure.axes if axis.get_lines())
     assert list(rotation.get_ydata()) == [1.0, 0.5, 0.5, 0.5, 0.5, 0.5]
+    short = {name: np.asarray(values)[..., :3].tolist() for name, values in look["memory"].items()}
+    few = memory_figure({"memory": short})
+    few.draw_without_rendering()
+    assert all(tick == int(tick) for axis in few.axes[:4] for tick in axis.get_xticks())
     assert attention_figure({"attention": None, "memory": None}) == "This model has no attention."
     assert memory_figure({"attention": None, "memory": None}) == "This model has no memory of slots."
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from common.metrics.language import (
+    alignment_statistics,
     bleu,
     distinct_tokens,
     exploration_share,
@@ -49,6 +50,19 @@ def test_one_document_has_no_error_and_nothing_has_no_perplexity() -> None:
         perplexity(one, np.array([0]), one, one)
     with pytest.raises(ValueError, match="finite"):
         perplexity(np.array([math.nan]), one, one, one)
+
+
+def test_alignment_is_measured_against_the_best_constant() -> None:
+    sure = np.array([0.1, 0.3, 0.5, 0.9])
+    read = np.stack([sure, 1.0 - sure], axis=-1)  # a magnitude that says it, a phase that says the contrary
+    found = alignment_statistics(read, sure)
+    assert found["magnitude_r2"] == pytest.approx(1.0) and found["magnitude_entropy_rank"] == -1.0
+    assert found["phase_entropy_rank"] == 1.0 and found["phase_r2"] == pytest.approx(
+        1.0 - np.mean((1.0 - 2.0 * sure) ** 2) / np.var(sure)
+    )
+    constant = np.full((4, 2), sure.mean())
+    assert alignment_statistics(constant, sure) == pytest.approx({"magnitude_r2": 0.0, "phase_r2": 0.0})
+    assert alignment_statistics(read, np.full(4, 0.5)) == {}  # nothing to be explained
 
 
 def test_repetition_over_tokens_and_over_characters() -> None:
