@@ -3,7 +3,8 @@
 example: python scripts/cost.py exports/mine/fp32 exports/mine/int8 --price 0.10
 
 PRICE is what an hour of the machine costs on which scripts/export.py ran, in any currency; the table is for
-that machine and those passages. Source models stand beside their exports.
+that machine and those passages. Source models stand beside their exports. Exports of language models are
+refused: they are not timed when they are written.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tyro
 
 from common.checkpoint import EXPORT_FILE, read_json
 from common.errors import UserError, run_command
+from common.export.onnx_generation import KIND as LANGUAGE_KIND
 from common.report import Table, tables_markdown, tables_text
 
 
@@ -53,6 +55,13 @@ def cost_table(args: Args) -> Table:
     found: dict[str, dict[str, Any]] = {}
     for folder in args.exports:
         report = read_json(folder / EXPORT_FILE)
+        if report.get("kind") == LANGUAGE_KIND:
+            raise UserError(
+                f"{folder}: a language model, and this table is of what scores passages; its export was not "
+                "timed. Serve it (scripts/serve.py --language-model): at /metrics, "
+                "resonance_generated_tokens_total over "
+                'resonance_stage_seconds_sum{stage="generate"} are its tokens a second.'
+            )
         try:
             checked = report["verification"]
             found |= {f"{folder} (source)": checked["source"], str(folder): checked["export"]}

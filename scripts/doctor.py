@@ -25,10 +25,13 @@ import numpy as np
 import tyro
 
 from common.backends import load_encoder, load_scorer
-from common.checkpoint import EXPORT_FILE, read_json
+from common.checkpoint import EXPORT_FILE, read_config, read_json
 from common.errors import UserError, run_command
+from common.export.language_verification import MAX_PERPLEXITY_LOSS
 from common.export.verification import MAX_LOSS
 from common.hub import resolve_model
+from common.language.architectures import LANGUAGE_MODELS
+from common.language.samples import load_generator
 from common.report import Table, tables_text
 from common.reranker.reranking import load_confidence
 from common.retrieval.index import PassageIndex
@@ -44,7 +47,7 @@ FREE_DISK, FREE_MEMORY = 2.0, 1.0  # GiB, below which a service is in danger
 @dataclasses.dataclass(frozen=True)
 class Args:
     model: str | None = None
-    """The reranker that is served: a directory or an export."""
+    """The reranker or the language model that is served: a directory or an export."""
     registry: Path | None = None
     """A folder of scripts/registry.py."""
     index: Path | None = None
@@ -138,8 +141,33 @@ def available_memory() -> float | None:
 
 
 def model(name: str) -> Iterator[Found]:
-    """It loads, scores, knows how sure it is, and was verified when it was exported."""
+    """It loads and works, and was verified when it was exported: a reranker or a language model."""
     directory = resolve_model(name, say=lambda _: None)
+    language = read_config(directory).get("model_type") in LANGUAGE_MODELS
+    yield from language_model(directory) if language else reranker(directory)
+    if not (directory / EXPORT_FILE).exists():
+        yield Found("export", "note", "no export: scripts/export.py makes one that is smaller and faster")
+        return
+    report = read_json(directory / EXPORT_FILE)
+    try:
+        checked, forced = report["verification"], report.get("forced")
+        loss = float(checked["loss"])
+        if language:
+            limit = MAX_PERPLEXITY_LOSS
+            told = f"perplexity {loss:+.2%} beside its source on {checked['documents']} documents"
+        else:
+            limit = MAX_LOSS
+            told = f"nDCG@10 {-loss:+.2%} beside its source on {checked['queries']} queries"
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{directory / EXPORT_FILE}: no report of an export ({error!r}). Export it again."
+        ) from None
+    bad = loss > limit or forced
+    yield Found("export", "FAIL" if bad else "ok", told + ("; export another precision" if bad else ""))
+
+
+def reranker(directory: Path) -> Iterator[Found]:
+    """Its scores are finite, and it knows how sure it is."""
     scorer = load_scorer(directory, say=lambda _: None)
     scores = scorer.score(["sort a list"] * 2, ["Sort the list in place.", "Open a file."]).score
     finite = bool(np.isfinite(scores).all())
@@ -148,14 +176,18 @@ def model(name: str) -> Iterator[Found]:
     yield Found(
         "confidence", "ok" if sure else "note", "fitted" if sure else "none: train it on more dev queries"
     )
-    if not (directory / EXPORT_FILE).exists():
-        yield Found("export", "note", "no export: scripts/export.py makes one that is smaller and faster")
-        return
-    report = read_json(directory / EXPORT_FILE)
-    loss, queries = report["verification"]["loss"], report["verification"]["queries"]
-    told = f"nDCG@10 {-loss:+.2%} beside its source on {queries} queries"
-    bad = loss > MAX_LOSS or report.get("forced")
-    yield Found("export", "FAIL" if bad else "ok", told + ("; export another precision" if bad else ""))
+
+
+def language_model(directory: Path) -> Iterator[Found]:
+    """Its logits behind a prompt are finite."""
+    generator = load_generator(directory, say=lambda _: None)
+    ids = generator.tokenizer.encode("sort a list")[None].astype(np.int32)
+    length = ids.shape[1]
+    state = generator.engine.start(1, length)
+    _, logits = generator.engine.read(state, ids, np.array([length], np.int32))
+    finite = bool(np.isfinite(logits).all())
+    told = f"{generator.name}: logits of {logits.shape[-1]:,} tokens are {'' if finite else 'not '}finite"
+    yield Found("model writes", "ok" if finite else "FAIL", told)
 
 
 def registry(models: Registry) -> Iterator[Found]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,8 @@ from typing import Any
 import pytest
 
 from common.errors import UserError
-from scripts import evaluate_lm, export, generate
+from common.service.metrics import Metrics
+from scripts import cost, doctor, evaluate_lm, export, generate
 from tests.language_exports import MODELS, checkpoint
 from tests.scripts.test_language_commands import run
 from tests.tiny import World
@@ -133,3 +136,30 @@ def test_what_does_not_fit_a_language_model_is_refused(
     with pytest.raises(UserError, match=r"an export, which is not exported again"):
         run(export, project[0] / "out" / "fp32", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_doctor_and_the_cost_know_a_language_model(project: tuple[Path, str], tmp_path: Path) -> None:
+    root, _ = project
+
+    def found(model: Path) -> dict[str, tuple[str, str]]:
+        return {item.item: (item.status, item.what) for item in doctor.examine(doctor.Args(model=str(model)))}
+
+    own = found(root / "source")
+    assert (own["model writes"][0], own["export"][0]) == ("ok", "note")
+    copy = shutil.copytree(root / "out" / "fp32", tmp_path / "fp32")
+    good = found(copy)
+    assert (good["model writes"][0], good["export"][0]) == ("ok", "ok")
+    assert "perplexity" in good["export"][1] and "1 documents" in good["export"][1]
+    report = json.loads((copy / "export.json").read_text())
+    for loss, status in ((0.019, "ok"), (0.021, "FAIL")):
+        report["verification"]["loss"] = loss
+        (copy / "export.json").write_text(json.dumps(report))
+        assert found(copy)["export"][0] == status
+    with pytest.raises(UserError, match=r"a language model, .*scripts/serve\.py --language-model") as refused:
+        cost.cost_table(cost.Args((copy,), price=1.0))
+    metrics = Metrics()
+    metrics.stage("generate", 1.0)
+    named = re.findall(r"resonance_\S+", str(refused.value))
+    assert len(named) == 2 and all(f"\n{name} " in metrics.text().decode() for name in named)
+    (copy / "export.json").write_text("{}")
+    assert "Export it again" in found(copy)["model"][1]
