@@ -161,9 +161,10 @@ def join_processes(backend: str, given: Launch) -> Processes:
 
 
 def checkpoint_name(directory: Path) -> str:
-    """What a table calls a checkpoint: its folder, with the run's name before `best` and `final`."""
+    """What a table calls a checkpoint: its folder, behind its parent's name where it is a part of a run or an
+    export's precision."""
     name, parent = directory.absolute().name, directory.absolute().parent
-    if name in ("best", "final"):
+    if name in ("best", "final", "fp32", "fp16", "int8"):
         return f"{parent.name}/{name}"
     if parent.name == "snapshots":  # of the hub's cache: models--owner--name/snapshots/<commit>
         return parent.parent.name.rpartition("--")[2]

@@ -45,6 +45,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file; a checkpoint directory needs it.") from None
+    except NotADirectoryError:
+        raise UserError(f"{path.parent}: a file; name the folder that holds {path.name}.") from None
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}). Copy or download the file again."

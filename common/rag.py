@@ -242,7 +242,9 @@ class RAGPipeline:
         return self.index.add(as_documents(documents))
 
     def delete_documents(self, ids: Sequence[str]) -> int:
-        """Delete documents by id; returns how many there were."""
+        """Delete documents by id; returns how many there were. UserError for what is no list of texts."""
+        if isinstance(ids, str) or not all(isinstance(each, str) for each in ids):
+            raise UserError(f"ids come in a list of texts, not {ids!r:.60}: [id], where there is one")
         return self.index.delete(ids)
 
     def retrieve(self, query: str, top_k: int | None = None) -> Results:
@@ -312,14 +314,15 @@ class RAGPipeline:
     # the first stage
 
     def _retrieve(self, query: str, depth: int) -> Results:
+        if not isinstance(query, str):
+            raise UserError(f"the query is a {type(query).__name__}; give a text")
         if not query.strip():
             raise UserError("the query is empty: give some words to search for")
         if not is_unicode(query):
             raise UserError(
                 f"the query holds bytes that are not UTF-8: {query[:40]!a}; give it as UTF-8 text"
             )
-        if depth < 1:
-            raise UserError(f"top_k is {depth}; allowed: >= 1")
+        _check_depth("top_k", depth)
         start = time.perf_counter()
         texts = {"bm25": [(query, "query")], "dense": [(query, "query")]}
         for kind, text in self._expansions(query):
@@ -476,12 +479,16 @@ class _TooLateError(Exception):
 
 def _check_numbers(top_k_retrieval: int, top_k_rerank: int, deadline: float | None, cache_size: int) -> None:
     for name, value in (("top_k_retrieval", top_k_retrieval), ("top_k_rerank", top_k_rerank)):
-        if value < 1:
-            raise UserError(f"{name} is {value}; allowed: >= 1")
+        _check_depth(name, value)
     if deadline is not None and not deadline > 0:
         raise UserError(f"deadline is {deadline}; allowed: seconds > 0, or None")
     if cache_size < 0:
         raise UserError(f"cache_size is {cache_size}; allowed: >= 0 pairs")
+
+
+def _check_depth(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise UserError(f"{name} is {value!r}; allowed: a whole number >= 1")
 
 
 def _own_retrieval(reranker: str | Path | Scorer | None) -> Retrieval | None:

@@ -84,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             f"--host {args.host} serves other machines: set a key in ${KEY}, or say --open for none"
         )
+    if not 0 <= args.port <= 65_535:
+        raise UserError(f"--port is {args.port}; allowed: 0 to 65535, 0 for a free one")
     if args.reranker is not None and args.registry is not None:
         raise UserError("--reranker and --registry both name a reranker: give one of them")
     try:

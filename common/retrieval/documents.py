@@ -63,6 +63,10 @@ def as_documents(items: Iterable[object]) -> list[Document]:
     A text without an id gets one of its own content, so that giving it twice is the same document. Other keys
     of a record belong to its metadata. UserError lists what is no document, and ids that appear twice.
     """
+    if isinstance(items, str | bytes | Mapping | Document) or not isinstance(items, Iterable):
+        raise UserError(
+            f"documents come in a list, this is a {type(items).__name__}: [document], where there is one"
+        )
     bad: list[str] = []
     found: dict[str, Document] = {}
     for number, item in enumerate(items, 1):

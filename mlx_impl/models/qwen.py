@@ -133,9 +133,9 @@ def hidden_states(
     """What the head reads of ids [B, S]: [B, S, D], causal; with `rows` [B, S] a token sees those of its own
     row's number alone. With `checkpoint` a layer's activations are computed again in the backward pass.
     """
-    mask = causal(ids.shape[1]) if rows is not None else "causal"
+    mask: Any = "causal"
     if rows is not None:
-        mask = ((rows[:, :, None] == rows[:, None, :]) & mask)[:, None]  # [B, 1, S, S]
+        mask = ((rows[:, :, None] == rows[:, None, :]) & causal(ids.shape[1]))[:, None]  # [B, 1, S, S]
     hidden = model.model.embed_tokens(ids)
     for layer in model.layers:
         hidden = _applied(layer, lambda layer, hidden: layer(hidden, mask, None), checkpoint)(hidden)

@@ -437,8 +437,8 @@ def _padded(
     length = _rounded(max(map(len, prompts)) - 1, PROMPT_PADDED_TO)
     read = np.zeros((len(prompts), length), np.int32)
     padding = np.array([length + 1 - len(prompt) for prompt in prompts])
-    for row, (prompt, left) in enumerate(zip(prompts, padding, strict=True)):
-        read[row, left:] = prompt[:-1]
+    for row, (known, left) in enumerate(zip(prompts, padding, strict=True)):
+        read[row, left:] = known[:-1]
     new = min(_rounded(max(len(ids) for _, ids in rows), PADDED_TO), limit)
     ids = np.zeros((len(rows), 1 + new), np.int32)
     for row, (prompt, completion) in enumerate(rows):

@@ -61,6 +61,7 @@ def test_without_any_backend_every_choice_is_named(model: Path, monkeypatch: pyt
 def test_a_table_calls_a_checkpoint_by_its_folder_and_only_the_packaged_one_by_its_model() -> None:
     assert checkpoint_name(Path("/x/model")) == "model"
     assert checkpoint_name(Path("/x/run/best")) == "run/best"
+    assert checkpoint_name(Path("/x/mine/int8")) == "mine/int8"
     packaged = packaged_model()
     assert packaged is None or checkpoint_name(packaged) == "all-MiniLM-L6-v2"
 

@@ -254,7 +254,8 @@ def test_deleting_and_an_index_that_stays(tmp_path: Path) -> None:
 
 def test_what_cannot_be_is_refused(pipeline: Make) -> None:
     for settings, message in (
-        ({"top_k_rerank": 0}, "top_k_rerank is 0; allowed: >= 1"),
+        ({"top_k_rerank": 0}, "top_k_rerank is 0; allowed: a whole number >= 1"),
+        ({"top_k_retrieval": 2.5}, "top_k_retrieval is 2.5; allowed: a whole number"),
         ({"deadline": 0}, "deadline is 0; allowed: seconds > 0"),
         ({"cache_size": -1}, "cache_size is -1"),
         ({"retrieval": "magic"}, "retrieval is 'magic'; allowed: hybrid, dense, bm25"),
@@ -264,9 +265,21 @@ def test_what_cannot_be_is_refused(pipeline: Make) -> None:
     with pytest.raises(UserError, match="needs a retriever model that is an encoder"):
         RAGPipeline("bm25", retrieval="hybrid")
     rag = pipeline()
-    for query, message in ((" ", "query is empty"), ("a\ud800", "not UTF-8")):
+    bad: list[tuple[Any, str]] = [
+        (" ", "query is empty"),
+        ("a\ud800", "not UTF-8"),
+        (None, "is a NoneType; give a text"),
+    ]
+    for query, message in bad:
         with pytest.raises(UserError, match=message):
             rag.retrieve_and_rerank(query)
+    with pytest.raises(UserError, match="top_k is '3'; allowed: a whole number"):
+        rag.retrieve("keys", top_k="3")  # type: ignore[arg-type]
+    ids: list[Any] = ["json", [3]]
+    for given in ids:
+        with pytest.raises(UserError, match="ids come in a list of texts"):
+            rag.delete_documents(given)
+    assert len(rag.retrieve("json dumps").hits) > 0
     with pytest.raises(UserError, match="allowed: >= 1"):
         rag.context("keys", max_tokens=0)
 

@@ -119,6 +119,8 @@ def test_cost_of_a_million_searches(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert table["rows"][1][1:] == [0.69, 500.0, 10.0, "432,000", 20.0]
     assert table["rows"][0][-1] == 100.0
     cost.main([str(tmp_path), "--price", "0.36", "--markdown"])
+    with pytest.raises(UserError, match=r"export\.json: a file; name the folder that holds export\.json"):
+        cost.main([str(tmp_path / "export.json"), "--price", "1"])
     assert "| 432,000 |" in capsys.readouterr().out
     with pytest.raises(UserError, match="allowed are"):
         cost.main([str(tmp_path), "--price", "1", "--load", "0"])

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
     [
         (["--host", "0.0.0.0"], "RESONANCE_API_KEY"),
         (["--reranker", "a", "--registry", "b"], "both name a reranker"),
+        (["--port", "99999"], "--port is 99999; allowed: 0 to 65535"),
         (["--retriever", "bm25", "--threads", "0"], "threads is 0; allowed: >= 1"),
     ],
 )

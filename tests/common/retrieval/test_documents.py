@@ -1,6 +1,7 @@
 """Documents, their sentences and chunks."""
 
 import random
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,13 @@ def test_texts_and_records_become_documents() -> None:
 def test_what_is_no_document_is_named(item: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         as_documents([{"id": "one", "text": "first"}, item])
+
+
+@pytest.mark.parametrize("items", [{"id": "q", "text": "x"}, "word", b"word", None, 5])
+def test_one_document_without_its_list_is_refused(items: Any) -> None:
+    """Else a record's keys, or a text's letters, would become documents."""
+    with pytest.raises(UserError, match=r"documents come in a list, this is a .*: \[document\]"):
+        as_documents(items)
 
 
 def test_sentences_end_where_a_reader_ends_them() -> None:

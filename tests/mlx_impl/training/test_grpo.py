@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,28 @@ import pytest
 pytest.importorskip("mlx_lm", reason="needs MLX and mlx-lm: install the extra `mlx`")
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.lora import LoRALinear
 
-from common.expansion.config import PolicyConfig
-from mlx_impl.training.grpo import Completions, group_advantages, policy_loss, token_weights
+from common.expansion.config import LoraConfig, PolicyConfig
+from mlx_impl.models.qwen import (
+    LanguageModel,
+    Origin,
+    adapter_tensors,
+    add_lora,
+    load_base,
+    with_fused_adapters,
+)
+from mlx_impl.training.grpo import (
+    Completions,
+    _padded,
+    group_advantages,
+    log_probs,
+    policy_loss,
+    token_weights,
+)
+from tests.tiny_expansion import write_expander, write_rows
 
 
 def policy(**values: Any) -> PolicyConfig:
@@ -90,3 +110,96 @@ def test_at_the_start_the_gradient_is_the_policy_gradient_and_a_clip_stops_it() 
 
     np.testing.assert_allclose(np.array(mx.grad(loss)(old)), [[-1.0, -1.0]], rtol=1e-6)
     np.testing.assert_allclose(np.array(mx.grad(loss)(old + mx.array([[0.5, 0.0]])))[0, 0], 0.0)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("grpo")
+    return write_expander(folder / "base", write_rows(folder / "rows"))
+
+
+def adapted(base: Path, model: LanguageModel | None = None) -> LanguageModel:
+    """A base with an adapter that does something."""
+    loaded = model or load_base(Origin(base))
+    add_lora(loaded, LoraConfig(rank=4, alpha=8.0, dropout=0.0), seed=7)
+    for number, (_, module) in enumerate(sorted(loaded.model.named_modules(), key=lambda named: named[0])):
+        if isinstance(module, LoRALinear) and "lora_b" in module.trainable_parameters():
+            module.lora_b = 0.1 * mx.random.normal(module.lora_b.shape, key=mx.random.key(number))
+    mx.eval(loaded.model.parameters())
+    return loaded
+
+
+def batch_of(random: np.random.Generator, size: int) -> tuple[Completions, list[list[int]]]:
+    """Five completions of three prompts, of different lengths, and each whole row."""
+    prompts = [random.integers(1, size, length).tolist() for length in (3, 1, 21)]
+    rows = [
+        (prompts[i], random.integers(1, size, int(length)).tolist())
+        for i, length in zip([0, 0, 1, 2, 2], random.integers(1, 40, 5), strict=True)
+    ]
+    counts = [len(completion) for _, completion in rows]
+    batch = _padded(rows, counts, np.full(5, 0.1), random.normal(size=5), max(counts))
+    return batch, [prompt + completion for prompt, completion in rows]
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_prompt_that_is_read_once_gives_what_whole_rows_give(base: Path, checkpoint: bool) -> None:
+    """Log-probabilities, entropies and the gradient, against mlx-lm's own pass over each row alone."""
+    seed = np.random.SeedSequence().entropy
+    print("seed", seed)
+    model = adapted(base).model
+    batch, rows = batch_of(np.random.default_rng(seed), model.args.vocab_size)
+    assert batch.prompts.shape[0] == 3 and int(batch.padding.min()) >= 0
+
+    def together(model: Any) -> mx.array:
+        return (log_probs(model, batch, 0.7, checkpoint=checkpoint)[0] * batch.weights).sum()
+
+    def alone(model: Any) -> mx.array:
+        return sum(
+            0.1 * one_by_one(model, row, count)[0].sum() for row, count in zip(rows, counts, strict=True)
+        )
+
+    counts = [int(row.sum()) for row in batch.mask]
+    found, entropies = log_probs(model, batch, 0.7)
+    for place, (row, count) in enumerate(zip(rows, counts, strict=True)):
+        expected, entropy = one_by_one(model, row, count)
+        np.testing.assert_allclose(np.array(found[place, :count]), np.array(expected), atol=1e-4)
+        np.testing.assert_allclose(np.array(entropies[place, :count]), np.array(entropy), atol=1e-4)
+    ours, theirs = (
+        dict(tree_flatten(nn.value_and_grad(model, each)(model)[1])) for each in (together, alone)
+    )
+    assert ours.keys() == theirs.keys() and len(ours) > 10
+    for name, value in theirs.items():
+        np.testing.assert_allclose(np.array(ours[name]), np.array(value), atol=2e-5, rtol=1e-3, err_msg=name)
+
+
+def one_by_one(model: Any, row: list[int], count: int) -> tuple[mx.array, mx.array]:
+    """Log-probabilities and entropies of the last `count` tokens of one row, from its logits."""
+    logits = model(mx.array([row]))[0, -count - 1 : -1] / 0.7
+    logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    chosen = mx.take_along_axis(logs, mx.array(row[-count:])[:, None], axis=-1)[:, 0]
+    return chosen, -(mx.exp(logs) * logs).sum(axis=-1)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_adapters_are_fused_while_they_generate_and_untouched_after(base: Path, stacked: bool) -> None:
+    loaded = adapted(base)
+    if stacked:
+        loaded.model.freeze()
+        adapted(base, loaded)
+    ids = mx.array([[3, 4, 5, 6]])
+    before, names = np.array(loaded.model(ids)), sorted(adapter_tensors(loaded))
+    with with_fused_adapters(loaded):
+        assert not any(isinstance(module, LoRALinear) for module in loaded.model.modules())
+        np.testing.assert_allclose(np.array(loaded.model(ids)), before, atol=1e-4)
+    np.testing.assert_array_equal(np.array(loaded.model(ids)), before)
+    assert sorted(adapter_tensors(loaded)) == names
+    plain = load_base(Origin(base))
+    assert np.abs(np.array(plain.model(ids)) - before).max() > 0.01
+
+
+def test_a_quantised_base_generates_with_its_adapters_beside_it(base: Path) -> None:
+    loaded = load_base(Origin(base, bits=8))
+    add_lora(loaded, LoraConfig(rank=4, alpha=8.0), seed=7)
+    assert loaded.quantised
+    with with_fused_adapters(loaded):
+        assert any(isinstance(module, LoRALinear) for module in loaded.model.modules())
