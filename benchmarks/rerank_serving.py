@@ -29,9 +29,10 @@ from benchmarks.peer import Peer, answer_all
 from benchmarks.record import RESULTS, Record, compared
 from common.backends import Scorer, load_scorer
 from common.checkpoint import CONFIG_FILE, HEAD_FILE, ONNX_FILE, to_json, write_directory
+from common.data.records import RankingData
 from common.data.sources import load_ranking_data
 from common.errors import UserError, run_command
-from common.export.verification import Exported, Precision
+from common.export.verification import Exported, Precision, calibration_pairs
 from common.hub import resolve_model
 from common.metrics.latency import percentiles
 from common.retrieval.lexical import bm25_run
@@ -64,7 +65,8 @@ def main() -> None:
         raise UserError(
             f"{directory}: no reranker that a run wrote; both sides need the same trained weights"
         )
-    windows, tokens = workload(directory, options)
+    data = load_ranking_data(options.data)
+    windows, tokens = workload(directory, data, options)
     about = {
         "data": Path(options.data).name,
         "queries": sum(map(len, windows)),
@@ -75,7 +77,10 @@ def main() -> None:
     }
     record = Record("rerank_serving", about, folder=Path(options.results))
     with tempfile.TemporaryDirectory() as folder:
-        ours = {precision: exported(directory, Path(folder) / precision, precision) for precision in OURS}
+        ours = {
+            precision: exported(directory, Path(folder) / precision, precision, data.corpus)
+            for precision in OURS
+        }
         with Peer(serve_peer, str(directory), folder) as peer:
             seconds, differences = measure(ours, peer, windows)
         sizes = {name: (Path(folder) / name / ONNX_FILE).stat().st_size / 1e6 for name in ours}
@@ -85,9 +90,10 @@ def main() -> None:
         print(f"{row['what']}: {speeds} ({row['peer_name']}), ratio {row['ratio']:.2f}", flush=True)
 
 
-def workload(directory: Path, options: argparse.Namespace) -> tuple[list[Asked], list[int]]:
+def workload(
+    directory: Path, data: RankingData, options: argparse.Namespace
+) -> tuple[list[Asked], list[int]]:
     """The queries of each repetition with their passages, cut to the model's limits; their real tokens."""
-    data = load_ranking_data(options.data)
     split = "test" if "test" in data.qrels else next(iter(data.qrels))
     wanted = sorted(data.split(split))[: options.queries * options.repetitions]
     run = bm25_run(data.corpus, {query: data.queries[query] for query in wanted}, options.depth)
@@ -115,11 +121,11 @@ def _cut(tokenizer: PairTokenizer, texts: list[str], query: bool = False) -> lis
     return [tokenizer._tokenizer.decode(row.tolist(), skip_special_tokens=True) for row in ids]
 
 
-def exported(directory: Path, place: Path, precision: Precision) -> Scorer:
+def exported(directory: Path, place: Path, precision: Precision, corpus: Mapping[str, str]) -> Scorer:
     """The export in a folder of its own, as scripts/export.py writes it, loaded."""
     from jax_impl.export.onnx import export_cross_encoder
 
-    write_exported(place, export_cross_encoder(directory, precision))
+    write_exported(place, export_cross_encoder(directory, precision, calibration=calibration_pairs(corpus)))
     return load_scorer(place, say=lambda _: None)
 
 

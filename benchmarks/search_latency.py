@@ -15,7 +15,7 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def main() -> None:
     data = load_split_data(options.data, options.split)
     qrels = chosen_qrels(data, options.split, None, options.queries)
     with tempfile.TemporaryDirectory() as folder:
-        encoder, scorers = contestants(directory, Path(folder), options)
+        encoder, scorers = contestants(directory, data.corpus, Path(folder), options)
         pipeline, index = built(data, encoder, Path(folder) / "index", options)
         settings = wanted(options)
         found = measure(pipeline, scorers, settings, {query: data.queries[query] for query in qrels})
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def contestants(
-    directory: Path, folder: Path, options: argparse.Namespace
+    directory: Path, corpus: Mapping[str, str], folder: Path, options: argparse.Namespace
 ) -> tuple[Encoder, dict[tuple[str, int], Scorer]]:
     """The exported encoder, and a scorer for every precision and passage cut."""
     write_exported(
@@ -88,7 +88,7 @@ def contestants(
     )
     scorers: dict[tuple[str, int], Scorer] = {}
     for precision in OURS:
-        exported(directory, folder / precision, precision)
+        exported(directory, folder / precision, precision, corpus)
         for cut in sorted({*options.cuts, options.cut}):
             scorer: Any = load_scorer(folder / precision, say=lambda _: None)
             scorer.tokenizer = PairTokenizer(folder / precision, scorer.tokenizer.max_query_tokens, cut)

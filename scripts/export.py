@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -44,6 +44,7 @@ from common.export.verification import (
     Measured,
     Precision,
     Verification,
+    calibration_pairs,
     compare,
     export_table,
     measure,
@@ -149,14 +150,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     say = functools.partial(print, file=sys.stderr)
     directory = surviving(resolve_model(args.model, say=say))
     args = args.fitting(directory)
-    export = exporter(args, directory)
-    first = export(args.precision[0])  # what cannot be exported is refused before anything is measured
     if args.kind == "language-model":
+        export = exporter(args, directory, {})
+        first = export(args.precision[0])  # what cannot be exported is refused before anything is measured
         source = language_source(args, directory, say)
         texts = written(args, first, export, functools.partial(verify_language, source))
         print(tables_text([language_export_table(texts)]), end="")
         return
     data, stage, qrels = real_pairs(args)
+    export = exporter(args, directory, data.corpus)
+    first = export(args.precision[0])
     measured_source = measure(loaded(args, directory), directory, data, stage, qrels)
 
     def verify(precision: Precision, folder: Path) -> Verification:
@@ -201,8 +204,8 @@ def language_source(args: Args, directory: Path, say: Callable[[str], None]) -> 
     return LanguageSource(checkpoint_name(directory), corpus, ModelEngine(model), documents, end, found)
 
 
-def exporter(args: Args, directory: Path) -> functools.partial[Exported]:
-    """What makes the export of a precision."""
+def exporter(args: Args, directory: Path, corpus: Mapping[str, str]) -> functools.partial[Exported]:
+    """What makes the export of a precision; ONNX's int8 is calibrated on passages of the corpus."""
     if args.format == "gguf":
         from common.export import gguf
 
@@ -215,13 +218,18 @@ def exporter(args: Args, directory: Path) -> functools.partial[Exported]:
         return functools.partial(
             onnx_language.export_language_model, directory, reduce_range=args.reduce_range
         )
+    pairs = calibration_pairs(corpus)
     if args.kind == "bi-encoder":
-        return functools.partial(onnx.export_bi_encoder, directory, reduce_range=args.reduce_range)
+        texts = [passage for _, passage in pairs]
+        return functools.partial(
+            onnx.export_bi_encoder, directory, reduce_range=args.reduce_range, calibration=texts
+        )
     return functools.partial(
         onnx.export_cross_encoder,
         directory,
         score="portable" if args.portable else "full",
         reduce_range=args.reduce_range,
+        calibration=pairs,
     )
 
 

@@ -133,7 +133,7 @@ class OnnxEncoder:
         if not texts:
             return np.zeros((0, self.dim), np.float32)
         encodeds = self.tokenizer.encode_texts(texts, self.max_tokens)
-        return self._session.run(encodeds, lambda rows: _feed(self.tokenizer, rows))["sentence_embedding"]
+        return self._session.run(encodeds, lambda rows: onnx_feed(self.tokenizer, rows))["sentence_embedding"]
 
 
 class OnnxScorer:
@@ -171,7 +171,9 @@ class OnnxScorer:
             raise UserError(
                 f"{self.name}: a pair of {longest} tokens, and the model has positions for {self._positions}"
             )
-        found = self._session.run(encodeds, lambda rows: _feed(self.tokenizer, rows, self._segment), on_batch)
+        found = self._session.run(
+            encodeds, lambda rows: onnx_feed(self.tokenizer, rows, self._segment), on_batch
+        )
         if "logits" in found:
             score = found["logits"][:, 0]
             return Scores(score, score, *(np.zeros(len(score), np.float32) for _ in range(3)))
@@ -188,7 +190,7 @@ def load_scorer(directory: Path, recipe: RerankerConfig | None = None) -> OnnxSc
     return OnnxScorer(Path(directory))
 
 
-def _feed(tokenizer: PairTokenizer, rows: Sequence[Encoded], segment: int = 0) -> dict[str, np.ndarray]:
+def onnx_feed(tokenizer: PairTokenizer, rows: Sequence[Encoded], segment: int = 0) -> dict[str, np.ndarray]:
     """Everything that a graph may ask for, each int64 [N, S], padded to the longest row."""
     ids, sides = tokenizer.pad(rows, max(len(row.ids) for row in rows))
     return {

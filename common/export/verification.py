@@ -40,6 +40,15 @@ CARD_FILE = "README.md"
 Judge = Callable[[str, Sequence[str]], NDArray[np.float32]]  # a query and L passages -> scores [L]
 
 
+def calibration_pairs(corpus: Mapping[str, str], count: int = 128) -> list[tuple[str, str]]:
+    """Texts on which int8 sees the ranges of its activations: passages from all over the corpus, each asked
+    by the first words of the next one. No query and no judgement is read.
+    """
+    names = sorted(corpus)
+    texts = [corpus[name] for name in names[:: max(1, len(names) // count)][:count]]
+    return [(" ".join(texts[i - 1].split()[:8]), text) for i, text in enumerate(texts)]
+
+
 @dataclass(frozen=True)
 class Exported:
     """A model in another format: its bytes, config.json, what writes the tokenizer into a folder, and the

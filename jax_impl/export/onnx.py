@@ -17,18 +17,22 @@ import numpy as np
 from common.checkpoint import read_config, surviving
 from common.config import RerankerConfig
 from common.errors import UserError
+from common.export.onnx_scoring import onnx_feed
 from common.export.verification import Exported, Precision
 from common.keymap import FAMILIES
 from common.reranker.loading import longest_input
-from common.text import PASSAGE, QUERY, PairTokenizer
+from common.text import PASSAGE, QUERY, Encoded, PairTokenizer
 from jax_impl.loading import load_bi_encoder, load_cross_encoder, model_tensors
 
 OPSET, IR_VERSION = 20, 10  # read by onnxruntime from 1.18 on
 FUSED = "com.microsoft"
 LARGEST = 2**31 - 2**24  # bytes of weights, with room for the graph: protobuf's limit
 EPSILON = 1e-12  # of the projector, inside every root
+CALIBRATION_ROWS = 8
+SMOOTHING = 0.8  # the part of a channel's range that goes from int8's activations into its weights
 HEADS = ("resonance", "real", "real_part", "root_fidelity", "overlap", "cls")  # model.head that is exported
 Arrays = Mapping[str, np.ndarray]
+Outputs = dict[str, tuple[str, list[Any]]]  # name -> what computes it and its shape
 
 
 def export_cross_encoder(
@@ -37,11 +41,13 @@ def export_cross_encoder(
     score: Literal["full", "portable"] = "full",
     *,
     reduce_range: bool = False,
+    calibration: Sequence[tuple[str, str]] = (),
 ) -> Exported:
     """The reranker in a directory, as `common.export.verification.write_export` writes it.
 
     Full: (input_ids, sides) [N, S] int64 -> score, portable, resonance, overlap, coherence, each [N].
     Portable: (input_ids, attention_mask, token_type_ids when the passage has segment 1) -> logits [N, 1].
+    `calibration`: (query, passage) pairs on which int8 sees the ranges of its activations; see Graph.
     Raises UserError for a family or a head that is not exported.
     """
     directory, recipe = surviving(directory), RerankerConfig()
@@ -56,34 +62,52 @@ def export_cross_encoder(
         )
     if score == "portable":  # both were chosen for the full score
         settings |= {"fusion_weight": 0.0, "confidence": None}
-    graph = Graph(precision, reduce_range)
-    made = _full if score == "full" else _portable
-    outputs = made(graph, model_tensors(loaded.model), loaded.config, settings)
+    tensors = model_tensors(loaded.model)
     tokenizer = PairTokenizer(directory, settings["max_query_tokens"], settings["max_passage_tokens"])
-    about = {"kind": "cross-encoder", "score": score, "precision": precision}
+    segment = int(settings["passage_segment"])
+
+    def build(graph: Graph) -> Outputs:
+        return (_full if score == "full" else _portable)(graph, tensors, loaded.config, settings)
+
+    about: dict[str, Any] = {"kind": "cross-encoder", "score": score, "precision": precision}
+    ranges: Arrays = {}
+    if precision == "int8" and calibration:
+        rows = tokenizer.encode_pairs(*([pair[side] for pair in calibration] for side in (0, 1)))
+        ranges, about = _ranges(build, tokenizer, rows, segment), about | {"calibrated_on": len(rows)}
+    graph = Graph(precision, reduce_range, ranges)
+    outputs = build(graph)
     config = {key: value for key, value in loaded.config.items() if not key.startswith("_")}
     config |= {"resonance": settings, "onnx": about}
-    segment = int(settings["passage_segment"])
     return Exported(graph.model(outputs), config, lambda place: tokenizer.save(place, segment), graph.errors)
 
 
-def export_bi_encoder(directory: Path, precision: Precision, *, reduce_range: bool = False) -> Exported:
+def export_bi_encoder(
+    directory: Path, precision: Precision, *, reduce_range: bool = False, calibration: Sequence[str] = ()
+) -> Exported:
     """The sentence encoder in a directory: (input_ids, attention_mask) [N, S] int64 -> sentence_embedding
-    [N, D], of unit length. Raises UserError as above."""
+    [N, D], of unit length. `calibration`: texts, as above. Raises UserError as above."""
     directory = surviving(directory)
     _check_family(directory)
     tensors = model_tensors(load_bi_encoder(directory).encoder)
     config = read_config(directory)
-    graph = Graph(precision, reduce_range)
-    ids, mask = graph.input("input_ids"), graph.input("attention_mask")
-    real = graph.node("Cast", [mask], to=1)  # [N, S] float32
-    hidden = _encoder(graph, tensors, config, "", ids, real)
-    pooled = graph.node("Squeeze", [_means(graph, hidden, [real]), graph.axes(1)])  # [N, D]
-    unit = graph.node("Div", [pooled, graph.root(graph.sum(graph.square(pooled)), EPSILON)])
-    tokenizer = PairTokenizer(directory)
-    config = {key: value for key, value in config.items() if not key.startswith("_")}
-    config |= {"onnx": {"kind": "bi-encoder", "precision": precision, "max_tokens": longest_input(directory)}}
-    outputs = {"sentence_embedding": (unit, ["rows", int(config["hidden_size"])])}
+    tokenizer, longest = PairTokenizer(directory), longest_input(directory)
+
+    def build(graph: Graph) -> Outputs:
+        ids, mask = graph.input("input_ids"), graph.input("attention_mask")
+        real = graph.node("Cast", [mask], to=1)  # [N, S] float32
+        hidden = _encoder(graph, tensors, config, "", ids, real)
+        pooled = graph.node("Squeeze", [_means(graph, hidden, [real]), graph.axes(1)])  # [N, D]
+        unit = graph.node("Div", [pooled, graph.root(graph.sum(graph.square(pooled)), EPSILON)])
+        return {"sentence_embedding": (unit, ["rows", int(config["hidden_size"])])}
+
+    about: dict[str, Any] = {"kind": "bi-encoder", "precision": precision, "max_tokens": longest}
+    ranges: Arrays = {}
+    if precision == "int8" and calibration:
+        rows = tokenizer.encode_texts(list(calibration), longest)
+        ranges, about = _ranges(build, tokenizer, rows), about | {"calibrated_on": len(rows)}
+    graph = Graph(precision, reduce_range, ranges)
+    outputs = build(graph)
+    config = {key: value for key, value in config.items() if not key.startswith("_")} | {"onnx": about}
     return Exported(graph.model(outputs), config, tokenizer.save, graph.errors)
 
 
@@ -94,10 +118,18 @@ class Graph:
     computed in float32); int8 (symmetric, a scale for each output, activations quantized as they come).
     `reduce_range` keeps int8 weights within 7 bits, for processors without VNNI, where sums of products may
     overflow. `errors` gets the relative error of each quantized matrix.
+
+    `ranges`: the largest |x| of each channel that a matrix reads, [D] by key. A few channels are far larger
+    than the others, and int8 has one scale for all: each is divided by range^SMOOTHING and its weights grow
+    by as much (SmoothQuant: Xiao et al. 2022, arXiv:2211.10438).
     """
 
-    def __init__(self, precision: Precision, reduce_range: bool = False) -> None:
+    def __init__(
+        self, precision: Precision, reduce_range: bool = False, ranges: Arrays | None = None
+    ) -> None:
         self.precision, self.largest = precision, 63 if reduce_range else 127
+        self.ranges: Arrays = ranges or {}
+        self.read: dict[str, tuple[str, int]] = {}  # of each matrix: what it reads, of which size
         self.errors: dict[str, float] = {}
         self._nodes: list[Any] = []
         self._weights: dict[str, np.ndarray] = {}
@@ -154,9 +186,15 @@ class Graph:
 
     def product(self, x: str, key: str, weight: np.ndarray) -> str:
         """x [..., D] times weight [F, D] transposed, in the graph's precision."""
+        self.read[key] = x, weight.shape[1]
         matrix = np.ascontiguousarray(weight.T, np.float32)
         if self.precision != "int8":
             return self.node("MatMul", [x, self._stored(key, matrix)])
+        if key in self.ranges:
+            largest = np.maximum(np.abs(matrix).max(axis=1), 1e-5)
+            factor = np.maximum(self.ranges[key], 1e-5) ** SMOOTHING / largest ** (1 - SMOOTHING)  # [D]
+            x = self.node("Mul", [x, self.weight(f"{key}.smooth", (1 / factor).astype(np.float32))])
+            matrix = matrix * factor[:, None].astype(np.float32)
         quantized, scale = self._quantized(key, matrix)
         inputs = [
             x,
@@ -255,6 +293,29 @@ class Graph:
         error = np.linalg.norm(matrix - quantized * scale) / max(float(np.linalg.norm(matrix)), 1e-30)
         self.errors[key] = float(error)
         return quantized, scale.astype(np.float32)
+
+
+def _ranges(
+    build: Callable[[Graph], Outputs], tokenizer: PairTokenizer, rows: Sequence[Encoded], segment: int = 0
+) -> dict[str, np.ndarray]:
+    """Of the fp32 graph over some rows, the largest |x| of each channel that a matrix reads, [D] by key."""
+    import onnxruntime
+
+    graph = Graph("fp32")
+    outputs = build(graph)
+    seen: Outputs = {
+        f"{key} reads": (name, ["rows", "tokens", size]) for key, (name, size) in graph.read.items()
+    }
+    session = onnxruntime.InferenceSession(graph.model(outputs | seen), providers=["CPUExecutionProvider"])
+    asked = [given.name for given in session.get_inputs()]
+    found = {key: np.zeros(size, np.float32) for key, (_, size) in graph.read.items()}
+    for at in range(0, len(rows), CALIBRATION_ROWS):
+        feed = onnx_feed(tokenizer, rows[at : at + CALIBRATION_ROWS], segment)
+        values = session.run(list(seen), {name: feed[name] for name in asked})
+        for key, value in zip(found, values, strict=True):
+            real = value[feed["attention_mask"] > 0]  # [tokens, D]
+            found[key] = np.maximum(found[key], np.abs(real).max(axis=0))
+    return found
 
 
 def _check_family(directory: Path) -> None:

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
+from onnx import numpy_helper
 
 from common.backends import Scores, load_encoder, load_scorer
 from common.config import RerankerConfig
@@ -14,7 +17,7 @@ from common.errors import UserError
 from common.export.onnx_scoring import batches_by_length
 from common.export.verification import PRECISIONS
 from common.text import Encoded
-from jax_impl.export.onnx import HEADS, export_bi_encoder, export_cross_encoder
+from jax_impl.export.onnx import HEADS, Graph, export_bi_encoder, export_cross_encoder
 from tests.language_exports import written
 from tests.rerankers import reranker
 from tests.tiny import FILLER, PARTNERS, TOPIC_WORDS, WORDS, write_base
@@ -93,6 +96,48 @@ def test_smaller_precisions_stay_near_and_are_smaller(tmp_path: Path, seed: int)
     assert len(errors) == 1 + 2 * 4 and all(0 < error < 0.02 for error in errors.values())
     narrow = export_cross_encoder(source, "int8", reduce_range=True).errors
     assert all(errors[key] < narrow[key] < 0.04 for key in errors)
+
+
+def test_calibrated_int8_is_nearer_where_a_channel_is_far_larger(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(1, 50, 32)).astype(np.float32)
+    x[..., 3] *= 100  # as in trained models, whose matrices have small weights there
+    matrix = rng.normal(size=(16, 32)).astype(np.float32)
+    matrix[:, 3] /= 100
+    errors = {}
+    for name, ranges in (("plain", {}), ("calibrated", {"m": np.abs(x).max(axis=(0, 1))})):
+        graph = Graph("int8", ranges=ranges)
+        graph.input("x", ("rows", "tokens", 32), "FLOAT")
+        model = graph.model({"y": (graph.product("x", "m", matrix), ["rows", "tokens", 16])})
+        (found,) = onnxruntime.InferenceSession(model).run(["y"], {"x": x})
+        errors[name] = np.linalg.norm(found - x @ matrix.T) / np.linalg.norm(x @ matrix.T)
+    assert errors["calibrated"] < 0.03 and errors["plain"] > 5 * errors["calibrated"]
+
+
+def test_calibration_sees_real_tokens_alone_and_only_int8_needs_it(tmp_path: Path, seed: int) -> None:
+    source = reranker(tmp_path, seed)
+    queries, passages = pairs(seed, 9)
+    calibration = list(zip(queries, passages, strict=True))
+    exported = export_cross_encoder(source, "int8", calibration=calibration)
+    assert exported.config["onnx"]["calibrated_on"] == 9
+    expected = load_scorer(source, "jax").score(queries, passages)
+    found = load_scorer(written(tmp_path / "int8", exported)).score(queries, passages)
+    assert np.corrcoef(expected.score, found.score)[0, 1] > 0.98
+    smooth = [
+        {w.name: numpy_helper.to_array(w) for w in onnx.load_from_string(each).graph.initializer}
+        for each in (
+            exported.model,
+            export_cross_encoder(source, "int8", calibration=calibration[::-1]).model,  # padded otherwise
+        )
+    ]
+    names = [name for name in smooth[0] if name.endswith(".smooth")]
+    assert len(names) == 2 * 4
+    for name in names:
+        np.testing.assert_allclose(smooth[0][name], smooth[1][name], rtol=1e-4)
+    plain = export_cross_encoder(source, "fp32", calibration=calibration)
+    assert "calibrated_on" not in plain.config["onnx"]
+    texts = export_bi_encoder(write_base(tmp_path / "encoder"), "int8", calibration=passages)
+    assert texts.config["onnx"]["calibrated_on"] == 9
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
