@@ -42,6 +42,8 @@ FORMAT = 1
 FLAT_LIMIT = 50_000  # passages: below, every vector is compared
 GRAPH_LIMIT = 500_000  # below HNSW, from here IVF-PQ
 DEAD_SHARE = 0.2  # of rows that deleted passages may keep before the vectors are written anew
+_WIDE = 16  # candidates of a faiss index for each passage wanted: among near-equal ones it errs
+_EFFORT = {"HNSW": ("efSearch", 1024), "IVF-PQ": ("nprobe", 128)}  # benchmarks/index_growth.py
 _BLOCK = 1024  # passages between two commits of a long `add`
 _SHARED = 20_000  # rows from which building a faiss index is worth several threads
 _REMAKE = "the next change of the index makes it again"
@@ -433,7 +435,7 @@ class PassageIndex:
         near, covered = self._near_index(view)
         found: list[NDArray[np.int64]] = []
         if near is not None:
-            wide = near.search(query[None], min(2 * count, covered))[1][0]
+            wide = near.search(query[None], min(_WIDE * count, covered))[1][0]
             found.append(np.asarray(wide[wide >= 0], np.int64))
         if covered < view.rows:
             rest = view.vectors[covered:]
@@ -458,8 +460,7 @@ class PassageIndex:
                     if not path.exists():  # another process has just made a newer one
                         return None, 0
                     raise UserError(f"{path}: cannot be read ({error}). Delete it: {_REMAKE}.") from error
-                setting = {"HNSW": ("efSearch", 128), "IVF-PQ": ("nprobe", 64)}[kind]
-                faiss.ParameterSpace().set_index_parameter(index, *setting)
+                faiss.ParameterSpace().set_index_parameter(index, *_EFFORT[kind])
                 self._near = (view.generation, covered), index
             return self._near[1], covered
 
