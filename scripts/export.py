@@ -150,9 +150,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     say = functools.partial(print, file=sys.stderr)
     directory = surviving(resolve_model(args.model, say=say))
     args = args.fitting(directory)
+    export = exporter(args, directory, {})
+    first = export(args.precision[0])  # what cannot be exported is refused before anything is read
     if args.kind == "language-model":
-        export = exporter(args, directory, {})
-        first = export(args.precision[0])  # what cannot be exported is refused before anything is measured
         source = language_source(args, directory, say)
         texts = written(args, first, export, functools.partial(verify_language, source))
         print(tables_text([language_export_table(texts)]), end="")
