@@ -22,6 +22,7 @@ from common.backends import checkpoint_identity, checkpoint_name, language_modul
 from common.checkpoint import to_json, write_file
 from common.errors import UserError, run_command
 from common.hub import resolve_model
+from common.language.evaluation import LanguageResult
 from common.language.generation import SamplingConfig
 from common.language.prepare import PreparedLanguage, evaluation_recipe, prepare_language
 from common.language.samples import (
@@ -32,6 +33,7 @@ from common.language.samples import (
     split_prompts,
 )
 from common.language.workflow import perplexities, perplexity_table
+from common.metrics.language import perplexity_ratio
 from common.report import Table, page, table_html, tables_text, write_report
 from common.runs import environment
 
@@ -40,6 +42,8 @@ from common.runs import environment
 class Args:
     model: str
     """A checkpoint directory, a run's folder, or an ONNX export with --data."""
+    against: str | None = None
+    """Another model: the perplexities' ratio, with an interval over documents (paired)."""
     data: str | None = None
     """A corpus, as train.py's --data; the one the model was trained on when absent."""
     form: Literal["literal", "detokenised"] | None = None
@@ -129,6 +133,10 @@ def measure(args: Args, directory: Path, prepared: PreparedLanguage) -> tuple[li
     results = perplexities(scorer, prepared, args.split, args.batch_size, args.stride)
     tables = [perplexity_table(name, prepared, args.split, results)]
     found: dict[str, Any] = {"perplexity": [result.json() for result in results]}
+    if args.against is not None:
+        other = beside(args, directory, prepared, results)
+        found["against"] = other
+        tables.append(against_table(name, other))
     memory = next((result.memory for result in results if result.memory), None)
     if memory:
         tables.append(metrics_table("Memory", {name: memory}, "Over the segments of the cache row."))
@@ -162,6 +170,43 @@ def measure(args: Args, directory: Path, prepared: PreparedLanguage) -> tuple[li
     }
     tables.append(metrics_table(f"Generated after {args.samples} places of {args.split}", columns, NOTE))
     return tables, found
+
+
+def beside(
+    args: Args, own: Path, prepared: PreparedLanguage, results: Sequence[LanguageResult]
+) -> dict[str, Any]:
+    """The perplexity a word over that of --against, which reads the same documents by its own tokenizer."""
+    directory = resolve_model(str(args.against))
+    data = evaluation_recipe(own, args.data, args.form).data
+    recipe = evaluation_recipe(directory, data.name, data.form)
+    theirs = prepare_language(dataclasses.replace(recipe, data=data), say=lambda _: None)
+    if args.max_documents is not None:
+        theirs = Limited(**vars(theirs), limit=args.max_documents)
+    words = prepared.split(args.split).words
+    scorer = language_module(args.backend, "language_scoring", directory).load_segment_scorer(directory)
+    stride = None if args.stride is None else min(args.stride, scorer.context)
+    others = {r.mode: r for r in perplexities(scorer, theirs, args.split, args.batch_size, stride)}
+    rows = []
+    for result in results:
+        other = others.get(result.mode, others["static"])
+        rows.append(
+            {"mode": result.mode, "other": other.mode, **perplexity_ratio(result.nll, other.nll, words)}
+        )
+    return {"model": checkpoint_name(directory), "rows": rows}
+
+
+def against_table(name: str, found: dict[str, Any]) -> Table:
+    """A row for each mode."""
+    rows: list[list[str | float | None]] = [
+        [row["mode"], row["other"], round(row["ratio"], 4), f"[{row['low']:.4f}, {row['high']:.4f}]"]
+        for row in found["rows"]
+    ]
+    return {
+        "title": f"Perplexity a word of {name} over that of {found['model']}",
+        "columns": ["mode", "the other's", "ratio", "95 % interval"],
+        "rows": rows,
+        "note": "Below 1 this model predicts better. Paired over documents.",
+    }
 
 
 NOTE = (

@@ -54,6 +54,7 @@ class LanguageResult:
     memory: dict[str, float] | None
     scores: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of the task, of what is generated
     alignment: Mapping[str, float] | None = None  # with a teacher's certainty (alignment_statistics)
+    nll: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))  # nats of each document, [N]
 
     def json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -115,7 +116,7 @@ def evaluate_perplexity(
     statistics = memory_statistics(*(np.concatenate(x) for x in zip(*seen, strict=True))) if seen else None
     aligned = alignment_statistics(*map(np.concatenate, zip(*told, strict=True))) if told else None
     mode = "cache" if cache else "static"
-    return LanguageResult(found, mode, context, stride, statistics, alignment=aligned)
+    return LanguageResult(found, mode, context, stride, statistics, alignment=aligned, nll=nll)
 
 
 def teacher_certainties(

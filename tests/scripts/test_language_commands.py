@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from common.checkpoint import read_tensors
 from common.errors import UserError
 from scripts import compare, evaluate_lm, generate, prepare_data, train
 from tests.tiny_language import write_articles
@@ -146,6 +150,28 @@ def test_evaluating_all_metrics_puts_human_text_beside_the_models(project: Proje
 def test_what_cannot_be_evaluated_is_explained(project: Project, argv: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         run(evaluate_lm, "--model", project.run, *argv)
+
+
+def test_a_perplexity_is_put_beside_another_s_on_the_same_documents(project: Project, tmp_path: Path) -> None:
+    """Against a copy of itself, and against one whose output is made flat: uniform over its vocabulary."""
+    flat = tmp_path / "flat"
+    shutil.copytree(project.run / "best", flat)
+    tensors = read_tensors(flat)
+    file = next(flat.glob("*.safetensors"))
+    save_file(
+        {key: np.zeros_like(value) if value.ndim == 2 else value for key, value in tensors.items()}, file
+    )
+    out = ("--out", tmp_path / "out")
+    same = run(evaluate_lm, "--model", project.run, "--against", project.run / "best", *out)
+    assert "[1.0000, 1.0000]" in same
+    run(evaluate_lm, "--model", project.run, "--against", flat, *out)
+    found = json.loads((tmp_path / "out" / "evaluation_lm.json").read_text())
+    (row,) = found["against"]["rows"]
+    own = found["perplexity"][0]
+    size = json.loads((flat / "config.json").read_text())["vocab_size"]
+    uniform = own["tokens"] * np.log(size) / own["words"]
+    assert row["ratio"] == pytest.approx(own["word"] / np.exp(uniform), rel=1e-3)
+    assert row["low"] < row["ratio"] < row["high"]
 
 
 def test_comparing_shows_texts_differences_and_intervals(project: Project, tmp_path: Path) -> None:

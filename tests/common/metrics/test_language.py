@@ -14,6 +14,7 @@ from common.metrics.language import (
     exploration_share,
     memory_statistics,
     perplexity,
+    perplexity_ratio,
     repetition_rate,
     self_bleu,
     text_metrics,
@@ -28,6 +29,17 @@ def test_perplexity_by_token_word_and_byte() -> None:
     assert found.bits_per_byte == pytest.approx(1.0)  # 3 bits a token, 3 bytes a token
     assert found.token_se == pytest.approx(0, abs=1e-6)  # both documents say the same
     assert (found.tokens, found.words, found.bytes, found.documents) == (30, 15, 90, 2)
+
+
+def test_a_ratio_of_perplexities_is_paired_over_documents() -> None:
+    """Half a nat a word apart in every document, however hard it is: no doubt is left."""
+    rng = np.random.default_rng(0)
+    words = rng.integers(5, 50, 30)
+    other = words * rng.normal(5, 2, 30)
+    found = perplexity_ratio(other - 0.5 * words, other, words)
+    assert all(value == pytest.approx(math.exp(-0.5)) for value in found.values())
+    found = perplexity_ratio(other + rng.normal(0, 3, 30), other, words)
+    assert found["low"] < 1 < found["high"] and found["low"] < found["ratio"] < found["high"]
 
 
 def test_the_error_is_that_of_whole_documents() -> None:
