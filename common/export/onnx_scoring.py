@@ -61,7 +61,10 @@ def open_session(directory: Path, kind: str, threads: int) -> tuple[Any, dict[st
     options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(
-            str(directory / ONNX_FILE), options, providers=["CPUExecutionProvider"]
+            str(directory / ONNX_FILE),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=["SkipLayerNormFusion"],  # its operator is slow: jax_impl/export/onnx.py
         )
     except Exception as error:  # onnxruntime's own errors have no common class
         raise UserError(

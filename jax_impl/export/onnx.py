@@ -142,7 +142,9 @@ class Graph:
         return name
 
     def weight(self, name: str, value: np.ndarray) -> str:
-        self._weights.setdefault(name, np.array(value, order="C"))
+        kept = self._weights.setdefault(name, np.array(value, order="C"))
+        if not np.array_equal(kept, value):
+            raise ValueError(f"{name}: two weights of one name")
         return name
 
     def constant(self, value: float) -> str:
@@ -184,12 +186,13 @@ class Graph:
         """sqrt(x + inside)."""
         return self.node("Sqrt", [self.node("Add", [x, self.constant(inside)])])
 
-    def product(self, x: str, key: str, weight: np.ndarray) -> str:
-        """x [..., D] times weight [F, D] transposed, in the graph's precision."""
+    def product(self, x: str, key: str, weight: np.ndarray, bias: np.ndarray | None = None) -> str:
+        """x [..., D] times weight [F, D] transposed, in the graph's precision, plus bias [F]."""
         self.read[key] = x, weight.shape[1]
         matrix = np.ascontiguousarray(weight.T, np.float32)
         if self.precision != "int8":
-            return self.node("MatMul", [x, self._stored(key, matrix)])
+            y = self.node("MatMul", [x, self._stored(key, matrix)])
+            return y if bias is None else self.node("Add", [y, self.weight(f"{key}.bias", bias)])
         if key in self.ranges:
             largest = np.maximum(np.abs(matrix).max(axis=1), 1e-5)
             factor = np.maximum(self.ranges[key], 1e-5) ** SMOOTHING / largest ** (1 - SMOOTHING)  # [D]
@@ -201,6 +204,7 @@ class Graph:
             self.weight(f"{key}.int8", quantized),
             self.weight(f"{key}.scale", scale[0]),
             self.weight(f"{key}.zero", np.zeros(matrix.shape[1], np.int8)),
+            *([] if bias is None else [self.weight(f"{key}.bias", bias)]),
         ]
         return self.node("DynamicQuantizeMatMul", inputs, FUSED)
 
@@ -408,21 +412,27 @@ def _layer(graph: Graph, tensors: Arrays, config: Mapping[str, Any], at: str, x:
     split = graph.nodes("Split", [qkv], 3, axis=-1, num_outputs=3)
     heads = int(config["num_attention_heads"])
     context = graph.node("MultiHeadAttention", [*split, bias, length], FUSED, num_heads=heads)
-    y = graph.product(context, f"{at}attention", own["attention.output.dense.weight"])
+    dense = [own[f"attention.output.dense.{part}"] for part in ("weight", "bias")]
+    y = graph.product(context, f"{at}attention", *dense)
     x = _residual(graph, own, config, at, "attention.output", y, x)
     inner = graph.product(x, f"{at}intermediate", own["intermediate.dense.weight"])
     inner = _activated(graph, config, inner, graph.weight(f"{at}inner.bias", own["intermediate.dense.bias"]))
-    y = graph.product(inner, f"{at}output", own["output.dense.weight"])
+    y = graph.product(inner, f"{at}output", *(own[f"output.dense.{part}"] for part in ("weight", "bias")))
     return _residual(graph, own, config, at, "output", y, x)
 
 
 def _residual(
     graph: Graph, own: Arrays, config: Mapping[str, Any], at: str, part: str, y: str, x: str
 ) -> str:
-    """LayerNorm(y + bias + x)."""
-    names = ("LayerNorm.weight", "LayerNorm.bias", "dense.bias")
-    weights = [graph.weight(f"{at}{part}.{name}", own[f"{part}.{name}"]) for name in names]
-    return graph.node("SkipLayerNormalization", [y, x, *weights], FUSED, epsilon=_norm_epsilon(config))
+    """LayerNorm(y + x). onnxruntime's operator for both takes ten times as long on a CPU as the two apart;
+    common/export/onnx_scoring.py keeps it from fusing them.
+    """
+    weights = [
+        graph.weight(f"{at}{part}.{name}", own[f"{part}.{name}"])
+        for name in ("LayerNorm.weight", "LayerNorm.bias")
+    ]
+    added = graph.node("Add", [y, x])
+    return graph.node("LayerNormalization", [added, *weights], axis=-1, epsilon=_norm_epsilon(config))
 
 
 def _activated(graph: Graph, config: Mapping[str, Any], x: str, bias: str) -> str:
