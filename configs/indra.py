@@ -16,7 +16,8 @@ aggressive   its stage 2: distillation alone at full weight, from scratch
 gentle       its stage 3: distillation at a low weight after stage 1 (--base runs/indra_pure)
 
 On one core of a CPU: teacher about 8 minutes, test perplexity a token 224; small 4 minutes, 308 (mean of
-three seeds), with the teacher 7 minutes, 306 (docs/results.md). The 32k vocabulary and TinyLlama: not measured.
+three seeds), with the teacher 7 minutes, 306 (docs/results.md). The 32k vocabulary and TinyLlama: not
+measured.
 """
 
 from __future__ import annotations

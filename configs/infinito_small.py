@@ -6,14 +6,14 @@ The default trains on the documentation of the Python packages on this machine: 
 published split: --preset wikitext, from $RESONANCE_DATA/wikitext-2 or the hub. transformer and lstm are the
 controls with as many parameters, no_memory and no_exploration the ablations; all on WikiText-2.
 
-preset          what for                                          one core, 800 steps  test perplexity a word
-(default)       a first language model                            not measured         not measured
-smoke           everything runs, little is learned                under 2 minutes      not measured
-wikitext        the numbers of the literature, literal form       6 min                738, 740, 729 (seeds 0 1 2)
-transformer                                                       5 min                699, 740, 756
-lstm                                                              7 min                1201
-no_exploration                                                    6 min                740
-no_memory                                                         not measured         not measured
+preset          what for                                      one core, 800 steps  test perplexity a word
+(default)       a first language model                        not measured         not measured
+smoke           everything runs, little is learned            under 2 minutes      not measured
+wikitext        the numbers of the literature, literal form   6 min                738, 740, 729 (seeds 0 1 2)
+transformer                                                   5 min                699, 740, 756
+lstm                                                          7 min                1201
+no_exploration                                                6 min                740
+no_memory                                                     not measured         not measured
 
 With `--train.max-steps 800`; docs/results.md. The memory helps nothing there.
 """

@@ -110,16 +110,27 @@ def test_a_dialogue_ends_with_an_empty_line(project: Project, monkeypatch: pytes
     assert said.startswith("Ada has") and next(lines) == "never asked"
 
 
+def test_a_dialogue_goes_on_after_a_prompt_that_cannot_be_continued(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["Ada has the " * 30, "Bob", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    said = run(generate, "--model", project.run, "--interactive", "--max-new-tokens", 3)
+    assert "the model's context is 32" in capsys.readouterr().err
+    assert "\nBob" in f"\n{said.removeprefix('Ada has the ' * 30)}"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         ((), "there is no prompt: give --prompt TEXT"),
         (("--prompt", " "), "a prompt is empty"),
-        (("--prompt", "Ada", "--top-p", "0"), r"--top_p is 0\.0; allowed: \(0, 1\]"),
-        (("--prompt", "Ada", "--top-p", "1.5"), r"--top_p is 1\.5"),
+        (("--prompt", "Ada", "--top-p", "0"), r"--top-p is 0\.0; allowed: \(0, 1\]"),
+        (("--prompt", "Ada", "--top-p", "1.5"), r"--top-p is 1\.5"),
         (("--prompt", "Ada", "--temperature", "-1"), r"--temperature is -1\.0; allowed: >= 0"),
         (("--prompt", "Ada has the " * 30), r"has \d+ tokens, but the model's context is 32"),
         (("--file", "nowhere.txt"), r"nowhere\.txt: cannot be read"),
+        (("--prompt", "Ada", "--explore"), r"--explore is noise on .* this model has no memory"),
     ],
 )
 def test_what_cannot_be_generated_is_explained(project: Project, argv: tuple[str, ...], message: str) -> None:
@@ -150,6 +161,23 @@ def test_evaluating_all_metrics_puts_human_text_beside_the_models(project: Proje
 def test_what_cannot_be_evaluated_is_explained(project: Project, argv: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         run(evaluate_lm, "--model", project.run, *argv)
+
+
+def test_places_and_the_other_model_are_checked_before_anything_is_read(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("read")
+
+    for module, name in ((evaluate_lm, "prepare_language"), (compare, "load_generator")):
+        monkeypatch.setattr(module, name, never)
+    file = tmp_path / "file"
+    file.touch()
+    for given in (("--against", tmp_path / "nowhere"), ("--out", file)):
+        with pytest.raises(UserError, match=r"was not found|cannot be written"):
+            run(evaluate_lm, "--model", project.run, *given)
+    with pytest.raises(UserError, match="cannot be written"):
+        run(compare, "--model1", project.run, "--model2", project.run, "--out", file)
 
 
 def test_a_perplexity_is_put_beside_another_s_on_the_same_documents(project: Project, tmp_path: Path) -> None:
