@@ -11,6 +11,7 @@ human column is the author's own text with another place's as the reference. Wri
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -199,23 +200,24 @@ def beside(
     rows = []
     for result in results:
         other = others.get(result.mode, others["static"])
-        rows.append(
-            {"mode": result.mode, "other": other.mode, **perplexity_ratio(result.nll, other.nll, words)}
-        )
+        found = perplexity_ratio(result.nll, other.nll, words)
+        known = {name: value if math.isfinite(value) else None for name, value in found.items()}
+        rows.append({"mode": result.mode, "other": other.mode, **known})
     return {"model": checkpoint_name(directory), "rows": rows}
 
 
 def against_table(name: str, found: dict[str, Any]) -> Table:
     """A row for each mode."""
-    rows: list[list[str | float | None]] = [
-        [row["mode"], row["other"], round(row["ratio"], 4), f"[{row['low']:.4f}, {row['high']:.4f}]"]
-        for row in found["rows"]
-    ]
+    rows: list[list[str | float | None]] = []
+    for row in found["rows"]:
+        ends = (row["low"], row["high"])
+        interval = "–" if None in ends else f"[{ends[0]:.4f}, {ends[1]:.4f}]"
+        rows.append([row["mode"], row["other"], row["ratio"] and round(row["ratio"], 4), interval])
     return {
         "title": f"Perplexity a word of {name} over that of {found['model']}",
         "columns": ["mode", "the other's", "ratio", "95 % interval"],
         "rows": rows,
-        "note": "Below 1 this model predicts better. Paired over documents.",
+        "note": "Below 1 this model predicts better. Paired over documents; one has no interval.",
     }
 
 

@@ -200,6 +200,10 @@ def test_a_perplexity_is_put_beside_another_s_on_the_same_documents(project: Pro
     uniform = own["tokens"] * np.log(size) / own["words"]
     assert row["ratio"] == pytest.approx(own["word"] / np.exp(uniform), rel=1e-3)
     assert row["low"] < row["ratio"] < row["high"]
+    said = run(evaluate_lm, "--model", project.run, "--against", flat, *out, "--max-documents", 1)
+    found = json.loads((tmp_path / "out" / "evaluation_lm.json").read_text())
+    (row,) = found["against"]["rows"]
+    assert row["ratio"] < 1 and row["low"] is row["high"] is None and "one has no interval" in said
 
 
 def test_comparing_shows_texts_differences_and_intervals(project: Project, tmp_path: Path) -> None:
