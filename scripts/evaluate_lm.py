@@ -24,6 +24,7 @@ from common.checkpoint import check_writable, read_config, to_json, write_file
 from common.errors import UserError, run_command
 from common.hub import resolve_model
 from common.language.architectures import language_config
+from common.language.config import MODEL_REMEDY
 from common.language.evaluation import LanguageResult
 from common.language.generation import SamplingConfig
 from common.language.prepare import PreparedLanguage, evaluation_recipe, prepare_language
@@ -78,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     args = tyro.cli(Args, args=words, description=__doc__)
     check(args)
-    directory = resolve_model(args.model)
-    other = None if args.against is None else resolve_model(args.against)
+    directory = resolve_model(args.model, remedy=MODEL_REMEDY)
+    other = None if args.against is None else resolve_model(args.against, remedy=MODEL_REMEDY)
     for model in (directory, *([] if other is None else [other])):
         language_config(read_config(model), model)
     place = args.out or (directory.parent if directory.name in ("best", "final") else directory)

@@ -23,6 +23,7 @@ from common.data.corpora import instruction_prompt
 from common.errors import UserError, run_command
 from common.hub import resolve_model
 from common.language.architectures import InfinitoConfig, language_config
+from common.language.config import MODEL_REMEDY
 from common.language.generation import Generated, Piece, SamplingConfig
 from common.language.samples import DEMO_PROMPTS, LanguageGenerator, load_generator
 
@@ -98,7 +99,7 @@ def check_explore(args: Args) -> None:
     """UserError for --explore of a model that would not do it."""
     if not args.explore:
         return
-    directory = resolve_model(args.model, say=lambda _: None)
+    directory = resolve_model(args.model, say=lambda _: None, remedy=MODEL_REMEDY)
     config = language_config(read_config(directory), directory)
     if not (isinstance(config, InfinitoConfig) and config.remembers and config.exploration):
         raise UserError(

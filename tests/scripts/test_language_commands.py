@@ -173,8 +173,9 @@ def test_places_and_the_other_model_are_checked_before_anything_is_read(
         monkeypatch.setattr(module, name, never)
     file = tmp_path / "file"
     file.touch()
-    for given in (("--against", tmp_path / "nowhere"), ("--out", file)):
-        with pytest.raises(UserError, match=r"was not found|cannot be written"):
+    lost, closed = r"was not found[\s\S]*a run of configs/\{infinito_small", "cannot be written"
+    for given, message in ((("--against", tmp_path / "nowhere"), lost), (("--out", file), closed)):
+        with pytest.raises(UserError, match=message):
             run(evaluate_lm, "--model", project.run, *given)
     with pytest.raises(UserError, match="cannot be written"):
         run(compare, "--model1", project.run, "--model2", project.run, "--out", file)
