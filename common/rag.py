@@ -241,11 +241,12 @@ class RAGPipeline:
         """
         return self.index.add(as_documents(documents))
 
-    def delete_documents(self, ids: Sequence[str]) -> int:
+    def delete_documents(self, ids: Iterable[str]) -> int:
         """Delete documents by id; returns how many there were. UserError for what is no list of texts."""
-        if isinstance(ids, str) or not all(isinstance(each, str) for each in ids):
+        given = list(ids) if isinstance(ids, Iterable) and not isinstance(ids, str) else [None]
+        if not all(isinstance(each, str) for each in given):
             raise UserError(f"ids come in a list of texts, not {ids!r:.60}: [id], where there is one")
-        return self.index.delete(ids)
+        return self.index.delete([str(each) for each in given])
 
     def retrieve(self, query: str, top_k: int | None = None) -> Results:
         """The first stage's `top_k` (top_k_retrieval) best passages. UserError for an empty query."""

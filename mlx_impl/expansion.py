@@ -134,7 +134,7 @@ def _tell_other_prompts(config: GrpoConfig, say: Say) -> None:
     adapter = None if config.model.sft == "none" else find_adapter(Path(config.model.sft))
     if adapter is None or not (adapter / TRAINING_FILE).exists():
         return
-    before = read_json(adapter / TRAINING_FILE)["config"].get("prompt", {})
+    before = read_json(adapter / TRAINING_FILE).get("config", {}).get("prompt", {})
     for name, value in to_dict(config.prompt).items():
         if before.get(name, value) != value:
             say(

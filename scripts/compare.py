@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from common.checkpoint import to_json, write_file
+from common.checkpoint import check_writable, to_json, write_file
 from common.errors import UserError, run_command
 from common.language.generation import Generated, SamplingConfig
 from common.language.samples import DEMO_PROMPTS, LanguageGenerator, load_generator
@@ -28,6 +28,7 @@ from common.report import Table, page, table_html, tables_text
 from common.runs import environment
 
 BOOTSTRAP = 2000
+FILES = ("comparison.json", "comparison.html")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = tyro.cli(Args, args=words, description=__doc__)
     sampling = SamplingConfig.of_flags(args)
     prompts = read_prompts(args.prompts)
+    for file in FILES:
+        check_writable(args.out / file)
     models = [load_generator(name, args.backend) for name in (args.model1, args.model2)]
     texts = [continued(model, prompts, sampling) for model in models]
     tables = [metric_table(models, texts)] if args.metrics == "all" else []
@@ -127,14 +130,15 @@ def write(
     ]
     found = {"settings": vars(args), "tables": tables, "samples": rows, **environment()}
     args.out.mkdir(parents=True, exist_ok=True)
-    write_file(args.out / "comparison.json", to_json(found))
+    table_file, page_file = (args.out / file for file in FILES)
+    write_file(table_file, to_json(found))
     shown: list[list[str | float | None]] = [[row["prompt"], *row["texts"]] for row in rows]  # type: ignore[list-item,misc]
     samples = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in shown)
     head = "".join(f"<th>{escape(name)}</th>" for name in ("prompt", *(model.name for model in models)))
     body = f'<h2>Texts</h2><div class="scroll"><table class="pairs"><tr>{head}</tr>{samples}</table></div>'
     html = page("Comparison", "\n".join([*map(table_html, tables), body]))
-    write_file(args.out / "comparison.html", html.encode())
-    print(f"written: {args.out / 'comparison.json'}, {args.out / 'comparison.html'}")
+    write_file(page_file, html.encode())
+    print(f"written: {table_file}, {page_file}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ human column is the author's own text with another place's as the reference. Wri
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +20,11 @@ from typing import Any, Literal
 import tyro
 
 from common.backends import checkpoint_identity, checkpoint_name, language_module
-from common.checkpoint import to_json, write_file
+from common.checkpoint import check_writable, read_config, to_json, write_file
 from common.errors import UserError, run_command
 from common.hub import resolve_model
+from common.language.architectures import language_config
+from common.language.config import MODEL_REMEDY
 from common.language.evaluation import LanguageResult
 from common.language.generation import SamplingConfig
 from common.language.prepare import PreparedLanguage, evaluation_recipe, prepare_language
@@ -36,6 +39,8 @@ from common.language.workflow import perplexities, perplexity_table
 from common.metrics.language import perplexity_ratio
 from common.report import Table, page, table_html, tables_text, write_report
 from common.runs import environment
+
+FILES = ("evaluation_lm.json", "evaluation_lm.html")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,19 +79,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     args = tyro.cli(Args, args=words, description=__doc__)
     check(args)
-    directory = resolve_model(args.model)
+    directory = resolve_model(args.model, remedy=MODEL_REMEDY)
+    other = None if args.against is None else resolve_model(args.against, remedy=MODEL_REMEDY)
+    for model in (directory, *([] if other is None else [other])):
+        language_config(read_config(model), model)
+    place = args.out or (directory.parent if directory.name in ("best", "final") else directory)
+    table_file, page_file = (place / file for file in FILES)
+    for file in (table_file, page_file):
+        check_writable(file)
     prepared = prepare_language(evaluation_recipe(directory, args.data, args.form))
     if args.max_documents is not None:
         prepared = Limited(**vars(prepared), limit=args.max_documents)
-    tables, found = measure(args, directory, prepared)
+    tables, found = measure(args, directory, prepared, other)
     print(tables_text(tables))
-    place = args.out or (directory.parent if directory.name in ("best", "final") else directory)
     place.mkdir(parents=True, exist_ok=True)
     found |= {"model": checkpoint_identity(directory), "settings": vars(args), **environment()}
-    write_file(place / "evaluation_lm.json", to_json(found))
+    write_file(table_file, to_json(found))
     name = checkpoint_name(directory)
-    write_file(place / "evaluation_lm.html", page(name, "\n".join(map(table_html, tables))).encode())
-    print(f"written: {place / 'evaluation_lm.json'}, {place / 'evaluation_lm.html'}")
+    write_file(page_file, page(name, "\n".join(map(table_html, tables))).encode())
+    print(f"written: {table_file}, {page_file}")
     if args.out is None and (place / "metrics.jsonl").exists():
         print(f"report: {write_report(place)}")
 
@@ -124,8 +135,10 @@ class Limited(PreparedLanguage):
         return super().split(name, limit or self.limit)
 
 
-def measure(args: Args, directory: Path, prepared: PreparedLanguage) -> tuple[list[Table], dict[str, Any]]:
-    """Tables, and all numbers as JSON values."""
+def measure(
+    args: Args, directory: Path, prepared: PreparedLanguage, other: Path | None = None
+) -> tuple[list[Table], dict[str, Any]]:
+    """Tables, and all numbers as JSON values; `other` is the directory of --against."""
     name = checkpoint_name(directory)
     scorer = language_module(args.backend, "language_scoring", directory).load_segment_scorer(directory)
     if args.stride is not None and args.stride > scorer.context:
@@ -133,10 +146,9 @@ def measure(args: Args, directory: Path, prepared: PreparedLanguage) -> tuple[li
     results = perplexities(scorer, prepared, args.split, args.batch_size, args.stride)
     tables = [perplexity_table(name, prepared, args.split, results)]
     found: dict[str, Any] = {"perplexity": [result.json() for result in results]}
-    if args.against is not None:
-        other = beside(args, directory, prepared, results)
-        found["against"] = other
-        tables.append(against_table(name, other))
+    if other is not None:
+        found["against"] = beside(args, directory, other, prepared, results)
+        tables.append(against_table(name, found["against"]))
     memory = next((result.memory for result in results if result.memory), None)
     if memory:
         tables.append(metrics_table("Memory", {name: memory}, "Over the segments of the cache row."))
@@ -173,10 +185,10 @@ def measure(args: Args, directory: Path, prepared: PreparedLanguage) -> tuple[li
 
 
 def beside(
-    args: Args, own: Path, prepared: PreparedLanguage, results: Sequence[LanguageResult]
+    args: Args, own: Path, directory: Path, prepared: PreparedLanguage, results: Sequence[LanguageResult]
 ) -> dict[str, Any]:
-    """The perplexity a word over that of --against, which reads the same documents by its own tokenizer."""
-    directory = resolve_model(str(args.against))
+    """The perplexity a word over that of the model in `directory`, which reads the same documents by its own
+    tokenizer."""
     data = evaluation_recipe(own, args.data, args.form).data
     recipe = evaluation_recipe(directory, data.name, data.form)
     theirs = prepare_language(dataclasses.replace(recipe, data=data), say=lambda _: None)
@@ -189,23 +201,24 @@ def beside(
     rows = []
     for result in results:
         other = others.get(result.mode, others["static"])
-        rows.append(
-            {"mode": result.mode, "other": other.mode, **perplexity_ratio(result.nll, other.nll, words)}
-        )
+        found = perplexity_ratio(result.nll, other.nll, words)
+        known = {name: value if math.isfinite(value) else None for name, value in found.items()}
+        rows.append({"mode": result.mode, "other": other.mode, **known})
     return {"model": checkpoint_name(directory), "rows": rows}
 
 
 def against_table(name: str, found: dict[str, Any]) -> Table:
     """A row for each mode."""
-    rows: list[list[str | float | None]] = [
-        [row["mode"], row["other"], round(row["ratio"], 4), f"[{row['low']:.4f}, {row['high']:.4f}]"]
-        for row in found["rows"]
-    ]
+    rows: list[list[str | float | None]] = []
+    for row in found["rows"]:
+        ends = (row["low"], row["high"])
+        interval = "–" if None in ends else f"[{ends[0]:.4f}, {ends[1]:.4f}]"
+        rows.append([row["mode"], row["other"], row["ratio"] and round(row["ratio"], 4), interval])
     return {
         "title": f"Perplexity a word of {name} over that of {found['model']}",
         "columns": ["mode", "the other's", "ratio", "95 % interval"],
         "rows": rows,
-        "note": "Below 1 this model predicts better. Paired over documents.",
+        "note": "Below 1 this model predicts better. Paired over documents; one has no interval.",
     }
 
 

@@ -18,8 +18,12 @@ from typing import Literal
 
 import tyro
 
+from common.checkpoint import read_config
 from common.data.corpora import instruction_prompt
 from common.errors import UserError, run_command
+from common.hub import resolve_model
+from common.language.architectures import InfinitoConfig, language_config
+from common.language.config import MODEL_REMEDY
 from common.language.generation import Generated, Piece, SamplingConfig
 from common.language.samples import DEMO_PROMPTS, LanguageGenerator, load_generator
 
@@ -62,12 +66,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = tyro.cli(Args, args=words, description=__doc__)
     sampling = SamplingConfig.of_flags(args)
     prompts = given_prompts(args)
+    check_explore(args)
     generator = load_generator(args.model, args.backend, say=lambda line: print(line, file=sys.stderr))
     if not args.allow_unknown:
         sampling = dataclasses.replace(sampling, banned=generator.tokenizer.unknown_ids)
     if args.interactive:
         for prompt in asked():
-            written(args, generator, [prompt], sampling)
+            try:
+                written(args, generator, [prompt], sampling)
+            except UserError as error:  # of this prompt; the next one may be good
+                print(f"\nerror: {error}", file=sys.stderr)
     if prompts:
         written(args, generator, prompts, sampling)
 
@@ -85,6 +93,19 @@ def given_prompts(args: Args) -> list[str]:
     if any(not prompt.strip() for prompt in prompts):
         raise UserError("a prompt is empty: give at least one word")
     return prompts
+
+
+def check_explore(args: Args) -> None:
+    """UserError for --explore of a model that would not do it."""
+    if not args.explore:
+        return
+    directory = resolve_model(args.model, say=lambda _: None, remedy=MODEL_REMEDY)
+    config = language_config(read_config(directory), directory)
+    if not (isinstance(config, InfinitoConfig) and config.remembers and config.exploration):
+        raise UserError(
+            f"{directory}: --explore is noise on the queries of a memory, and this model has no memory or "
+            "was trained without exploration: leave it out"
+        )
 
 
 def asked() -> Iterator[str]:

@@ -71,7 +71,10 @@ class Corpus:
         """A split's documents; UserError names those that there are."""
         if not self.splits.get(name):
             there = ", ".join(split for split in SPLITS if self.splits.get(split)) or "none"
-            raise UserError(f"{self.name}: has no documents in split {name!r}; it has: {there}")
+            raise UserError(
+                f"{self.name}: has no documents in split {name!r}; it has: {there}. Choose another split, or "
+                "give more text: rows are cut into splits from 10 different ones on."
+            )
         return self.splits[name]
 
     def describe(self) -> str:

@@ -41,11 +41,11 @@ Judge = Callable[[str, Sequence[str]], NDArray[np.float32]]  # a query and L pas
 
 
 def calibration_pairs(corpus: Mapping[str, str], count: int = 128) -> list[tuple[str, str]]:
-    """Texts on which int8 sees the ranges of its activations: passages from all over the corpus, each asked
-    by the first words of the next one. No query and no judgement is read.
+    """Texts on which int8 sees the ranges of its activations: up to `count` passages from all over the
+    corpus, each asked by the first words of another. No query and no judgement is read.
     """
     names = sorted(corpus)
-    texts = [corpus[name] for name in names[:: max(1, len(names) // count)][:count]]
+    texts = [corpus[name] for name in names[:: max(1, -(-len(names) // count))]]
     return [(" ".join(texts[i - 1].split()[:8]), text) for i, text in enumerate(texts)]
 
 

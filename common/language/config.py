@@ -21,6 +21,8 @@ from common.language.architectures import (
 
 __all__ = [
     "LANGUAGE_RECIPES",
+    "MODEL_REMEDY",
+    "TEACHER_REMEDY",
     "DecoderConfig",
     "DecoderRecipe",
     "DistillationConfig",
@@ -35,6 +37,13 @@ __all__ = [
     "LanguageRecipe",
     "LanguageTrainConfig",
 ]
+
+# what to do where a model is not found: common.hub.resolve_model
+MODEL_REMEDY = "Name a checkpoint directory or a run of configs/{infinito_small,indra,...}.py."
+TEACHER_REMEDY = (
+    "Give the path of a downloaded Llama or Qwen3 checkpoint, or train a teacher here: "
+    "python scripts/train.py --config configs/indra.py --preset teacher"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +284,7 @@ class FineTuneRecipe(LanguageRecipe):
     @property
     def remedy(self) -> str | None:
         """What to do where the base is not found; the usual advice when None."""
-        return "Name a checkpoint directory or a run of configs/{infinito_small,indra,...}.py."
+        return MODEL_REMEDY
 
     @property
     def whole_rows(self) -> bool:

@@ -70,7 +70,10 @@ class SamplingConfig:
             ("stop", all(self.stop), "texts that are not empty"),
         ]
         wrong = [(name, allowed) for name, good, allowed in checks if not good]
-        return [f"{prefix}{name} is {getattr(self, name)!r}; allowed: {allowed}" for name, allowed in wrong]
+        said = {name: name.replace("_", "-") if prefix == "--" else name for name, _ in wrong}  # as typed
+        return [
+            f"{prefix}{said[name]} is {getattr(self, name)!r}; allowed: {allowed}" for name, allowed in wrong
+        ]
 
 
 @dataclasses.dataclass(frozen=True)

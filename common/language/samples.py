@@ -13,6 +13,7 @@ from common.backends import checkpoint_name, language_module
 from common.data.language import TokenDocuments
 from common.errors import UserError
 from common.hub import resolve_model
+from common.language.config import MODEL_REMEDY
 from common.language.generation import Engine, Generated, Piece, SamplingConfig, generate
 from common.language.text import LanguageTokenizer, load_tokenizer
 from common.metrics.language import bleu, self_bleu, text_metrics
@@ -68,7 +69,7 @@ def load_generator(
     name: str | Path, backend: str = "auto", *, say: Callable[[str], None] = print
 ) -> LanguageGenerator:
     """The language model of a directory, run or name, with its tokenizer. Raises UserError."""
-    directory = resolve_model(name, say=say)
+    directory = resolve_model(name, say=say, remedy=MODEL_REMEDY)
     engine: Engine = language_module(backend, "generation", directory).load_engine(directory)
     return LanguageGenerator(checkpoint_name(directory), engine, load_tokenizer(directory))
 

@@ -20,7 +20,7 @@ from common.data.language import LanguageBatch
 from common.errors import UserError
 from common.hub import resolve_model
 from common.language.architectures import IndraConfig, LanguageModelConfig, language_config, parameter_count
-from common.language.config import LanguageRecipe
+from common.language.config import MODEL_REMEDY, TEACHER_REMEDY, LanguageRecipe
 from common.language.evaluation import LanguageResult, evaluate_perplexity, teacher_certainties
 from common.language.generation import Engine
 from common.language.prepare import PreparedLanguage, plan_language
@@ -42,7 +42,7 @@ class LanguageLoop(TrainingLoop[LanguageResult, LanguageBatch]):
         super().__init__(recipe.train, say=say)
         self.recipe, self.prepared = recipe, prepared
         self.tokenizer = prepared.tokenizer
-        self.base = None if recipe.base is None else resolve_model(recipe.base, say=say)
+        self.base = None if recipe.base is None else resolve_model(recipe.base, say=say, remedy=MODEL_REMEDY)
         self.model_config = model_settings(recipe, prepared, self.base)
         self.teacher = teacher_directory(recipe, prepared, say=say)
         self.dev = prepared.split("dev", recipe.max_dev_documents)
@@ -193,7 +193,7 @@ def teacher_directory(
     name = recipe.distillation.teacher
     if name is None:
         return None
-    directory = resolve_model(name, say=say)
+    directory = resolve_model(name, say=say, remedy=TEACHER_REMEDY)
     theirs, ours = (
         language_config(read_config(directory), directory).vocab_size,
         prepared.tokenizer.vocab_size,

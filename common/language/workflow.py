@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.expansion.recipe import ExpansionRecipe
 from common.expansion.sft import PreparedExpansion, prepare_expansion
 from common.hub import resolve_model
-from common.language.config import LanguageRecipe
+from common.language.config import MODEL_REMEDY, TEACHER_REMEDY, LanguageRecipe
 from common.language.evaluation import LanguageResult, SegmentScorer, evaluate_modes
 from common.language.inspection import INSPECTION_FILE, inspect_model, longest_document
 from common.language.prepare import PreparedLanguage, prepare_language, with_base
@@ -103,10 +103,13 @@ def prepare(recipe: LanguageRecipe, *, say: Callable[[str], None]) -> tuple[Lang
 def run_inputs(recipe: LanguageRecipe, options: RunOptions, place: Path) -> dict[str, str]:
     """What a run depends on beside recipe and data. UserError for a base in the run's own folder."""
     inputs = {"backend": backend_name(options.backend)}
-    for role, name in (("base", recipe.base), ("teacher", recipe.distillation.teacher)):
+    for role, name, remedy in (
+        ("base", recipe.base, MODEL_REMEDY),
+        ("teacher", recipe.distillation.teacher, TEACHER_REMEDY),
+    ):
         if name is None:
             continue
-        directory = resolve_model(name, say=lambda _: None)
+        directory = resolve_model(name, say=lambda _: None, remedy=remedy)
         if directory.absolute().is_relative_to(place.absolute()):
             raise UserError(f"{role} {name} lies in this run's own folder {place}: choose another --name.")
         inputs[role] = checkpoint_identity(directory)

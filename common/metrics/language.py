@@ -34,8 +34,8 @@ class Perplexity:
     bits_per_byte_se: float
 
     def json(self) -> dict[str, Any]:
-        """As JSON values, NaN as null."""
-        return {key: None if value != value else value for key, value in asdict(self).items()}
+        """As JSON values, null where a number is not finite."""
+        return {key: value if math.isfinite(value) else None for key, value in asdict(self).items()}
 
     def line(self) -> str:
         """The three numbers with their errors, for a terminal."""
@@ -85,7 +85,7 @@ def _ratio(total: np.ndarray, units: np.ndarray) -> tuple[float, float]:
 
 def perplexity_ratio(nll: np.ndarray, other: np.ndarray, words: np.ndarray) -> dict[str, float]:
     """Perplexity a word of one model over another's, on the same documents: `ratio`, and `low` and `high` of
-    its 95 % interval. Arguments [N]: nats by each model, and words.
+    its 95 % interval, NaN of a single document. Arguments [N]: nats by each model, and words.
 
     Paired over documents: how hard a text is drops out. Comparable between tokenizers.
     """
@@ -95,7 +95,7 @@ def perplexity_ratio(nll: np.ndarray, other: np.ndarray, words: np.ndarray) -> d
 
 
 def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf
+    return math.inf if x >= 700 else math.exp(x)  # NaN stays NaN
 
 
 def repetition_rate(sequence: Sequence[Any], n: int) -> float:

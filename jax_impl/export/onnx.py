@@ -195,7 +195,9 @@ class Graph:
             return y if bias is None else self.node("Add", [y, self.weight(f"{key}.bias", bias)])
         if key in self.ranges:
             largest = np.maximum(np.abs(matrix).max(axis=1), 1e-5)
-            factor = np.maximum(self.ranges[key], 1e-5) ** SMOOTHING / largest ** (1 - SMOOTHING)  # [D]
+            seen = self.ranges[key]
+            seen = np.maximum(seen, 0.01 * seen.max() + 1e-5)  # what was silent may speak
+            factor = seen**SMOOTHING / largest ** (1 - SMOOTHING)  # [D]
             x = self.node("Mul", [x, self.weight(f"{key}.smooth", (1 / factor).astype(np.float32))])
             matrix = matrix * factor[:, None].astype(np.float32)
         quantized, scale = self._quantized(key, matrix)

@@ -172,9 +172,9 @@ def continued_states(
     )
 
     def both(layer: Any, prompt: mx.array, hidden: mx.array) -> tuple[mx.array, mx.array]:
-        shared = _Keys(-padding)
+        shared = _LayerCache(-padding)
         prompt = layer(prompt, masks[0], shared)
-        return prompt, layer(hidden, masks[1], _Keys((length - padding)[rows], shared, rows))
+        return prompt, layer(hidden, masks[1], _LayerCache((length - padding)[rows], shared, rows))
 
     prompt, hidden = model.model.embed_tokens(prompts), model.model.embed_tokens(ids)
     for layer in model.layers:
@@ -188,12 +188,14 @@ def causal(length: int) -> mx.array:
     return places[:, None] >= places
 
 
-class _Keys:
+class _LayerCache:
     """One layer's keys and values, as a cache that mlx-lm's attention asks: those of this pass, after the
     `rows` of those `before`.
     """
 
-    def __init__(self, offset: mx.array, before: _Keys | None = None, rows: mx.array | None = None) -> None:
+    def __init__(
+        self, offset: mx.array, before: _LayerCache | None = None, rows: mx.array | None = None
+    ) -> None:
         self.offset, self.before, self.rows = offset, before, rows
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:

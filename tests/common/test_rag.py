@@ -248,7 +248,7 @@ def test_deleting_and_an_index_that_stays(tmp_path: Path) -> None:
     assert rag.index_documents(DOCUMENTS).added == 23
     again = RAGPipeline(WordEncoder(), index_dir=tmp_path / "index", say=lambda _: None)
     assert again.retrieve("json dumps").hits[0].id == "json"
-    assert again.delete_documents(["json", "unknown"]) == 1
+    assert again.delete_documents(name for name in ("json", "unknown")) == 1
     assert "json" not in {hit.id for hit in rag.retrieve("json dumps").hits}
 
 
@@ -275,7 +275,7 @@ def test_what_cannot_be_is_refused(pipeline: Make) -> None:
             rag.retrieve_and_rerank(query)
     with pytest.raises(UserError, match="top_k is '3'; allowed: a whole number"):
         rag.retrieve("keys", top_k="3")  # type: ignore[arg-type]
-    ids: list[Any] = ["json", [3]]
+    ids: list[Any] = ["json", [3], 3, None]
     for given in ids:
         with pytest.raises(UserError, match="ids come in a list of texts"):
             rag.delete_documents(given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -210,6 +211,11 @@ def test_prompts_that_the_sft_model_has_not_learned_are_named(trained: Trained, 
         "warning: prompt.system is 'consumer', the SFT model learned with 'none'",
         "warning: prompt.no_think is False, the SFT model learned with True",
     ]
+    foreign = shutil.copytree(trained.sft, tmp_path / "foreign")  # an adapter whose training.json says less
+    (foreign / "best" / "training.json").write_text("{}")
+    said.clear()
+    train_grpo(replace(other, model=replace(other.model, sft=str(foreign))), dry, said.append)
+    assert not [line for line in said if "warning" in line]
 
 
 def test_a_head_of_its_own_is_trained_and_fused(trained: Trained, tmp_path: Path) -> None:

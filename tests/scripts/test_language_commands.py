@@ -110,16 +110,27 @@ def test_a_dialogue_ends_with_an_empty_line(project: Project, monkeypatch: pytes
     assert said.startswith("Ada has") and next(lines) == "never asked"
 
 
+def test_a_dialogue_goes_on_after_a_prompt_that_cannot_be_continued(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["Ada has the " * 30, "Bob", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    said = run(generate, "--model", project.run, "--interactive", "--max-new-tokens", 3)
+    assert "the model's context is 32" in capsys.readouterr().err
+    assert "\nBob" in f"\n{said.removeprefix('Ada has the ' * 30)}"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         ((), "there is no prompt: give --prompt TEXT"),
         (("--prompt", " "), "a prompt is empty"),
-        (("--prompt", "Ada", "--top-p", "0"), r"--top_p is 0\.0; allowed: \(0, 1\]"),
-        (("--prompt", "Ada", "--top-p", "1.5"), r"--top_p is 1\.5"),
+        (("--prompt", "Ada", "--top-p", "0"), r"--top-p is 0\.0; allowed: \(0, 1\]"),
+        (("--prompt", "Ada", "--top-p", "1.5"), r"--top-p is 1\.5"),
         (("--prompt", "Ada", "--temperature", "-1"), r"--temperature is -1\.0; allowed: >= 0"),
         (("--prompt", "Ada has the " * 30), r"has \d+ tokens, but the model's context is 32"),
         (("--file", "nowhere.txt"), r"nowhere\.txt: cannot be read"),
+        (("--prompt", "Ada", "--explore"), r"--explore is noise on .* this model has no memory"),
     ],
 )
 def test_what_cannot_be_generated_is_explained(project: Project, argv: tuple[str, ...], message: str) -> None:
@@ -152,6 +163,24 @@ def test_what_cannot_be_evaluated_is_explained(project: Project, argv: tuple[str
         run(evaluate_lm, "--model", project.run, *argv)
 
 
+def test_places_and_the_other_model_are_checked_before_anything_is_read(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("read")
+
+    for module, name in ((evaluate_lm, "prepare_language"), (compare, "load_generator")):
+        monkeypatch.setattr(module, name, never)
+    file = tmp_path / "file"
+    file.touch()
+    lost, closed = r"was not found[\s\S]*a run of configs/\{infinito_small", "cannot be written"
+    for given, message in ((("--against", tmp_path / "nowhere"), lost), (("--out", file), closed)):
+        with pytest.raises(UserError, match=message):
+            run(evaluate_lm, "--model", project.run, *given)
+    with pytest.raises(UserError, match="cannot be written"):
+        run(compare, "--model1", project.run, "--model2", project.run, "--out", file)
+
+
 def test_a_perplexity_is_put_beside_another_s_on_the_same_documents(project: Project, tmp_path: Path) -> None:
     """Against a copy of itself, and against one whose output is made flat: uniform over its vocabulary."""
     flat = tmp_path / "flat"
@@ -172,6 +201,10 @@ def test_a_perplexity_is_put_beside_another_s_on_the_same_documents(project: Pro
     uniform = own["tokens"] * np.log(size) / own["words"]
     assert row["ratio"] == pytest.approx(own["word"] / np.exp(uniform), rel=1e-3)
     assert row["low"] < row["ratio"] < row["high"]
+    said = run(evaluate_lm, "--model", project.run, "--against", flat, *out, "--max-documents", 1)
+    found = json.loads((tmp_path / "out" / "evaluation_lm.json").read_text())
+    (row,) = found["against"]["rows"]
+    assert row["ratio"] < 1 and row["low"] is row["high"] is None and "one has no interval" in said
 
 
 def test_comparing_shows_texts_differences_and_intervals(project: Project, tmp_path: Path) -> None:

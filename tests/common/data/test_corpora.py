@@ -240,3 +240,10 @@ def test_few_rows_have_a_dev_and_a_test_row_all_the_same() -> None:
     assert {name: len(items) > 0 for name, items in splits.items()} == dict.fromkeys(splits, True)
     assert sorted(d.text for items in splits.values() for d in items) == sorted(d.text for d in documents)
     assert len(held_out(documents[:5])["train"]) == 5
+
+
+def test_too_few_rows_to_be_split_are_explained(tmp_path: Path) -> None:
+    file = tmp_path / "few.jsonl"
+    file.write_text("".join(f'{{"text": "row {n}"}}\n' for n in range(3)))
+    with pytest.raises(UserError, match=r"in split 'dev'; it has: train\. .* from 10 different ones on"):
+        load_corpus(str(file)).split("dev")

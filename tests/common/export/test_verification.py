@@ -14,6 +14,7 @@ from common.export.verification import (
     Exported,
     Measured,
     Verification,
+    calibration_pairs,
     compare,
     export_table,
     measure,
@@ -97,3 +98,13 @@ def test_a_folder_that_is_no_export_is_never_replaced(tmp_path: Path) -> None:
     good = verification(tmp_path, {"one": 0, "two": 4})
     with pytest.raises(UserError, match="it is not replaced"):
         write_export(tmp_path / "a", EXPORTED, lambda _: good, 0.005, force=True)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 7, 10])
+def test_calibration_takes_passages_from_all_over_the_corpus(size: int) -> None:
+    corpus = {f"p{n}": f"text {n}" for n in range(size)}
+    pairs = calibration_pairs(corpus, count=4)
+    places = [int(text.split()[1]) for _, text in pairs]
+    assert 1 <= len(set(places)) == len(pairs) <= 4
+    assert places[0] == 0 and size - places[-1] <= -(-size // 4)  # the last stretch has one too
+    assert calibration_pairs({}) == []

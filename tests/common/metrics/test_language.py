@@ -40,6 +40,9 @@ def test_a_ratio_of_perplexities_is_paired_over_documents() -> None:
     assert all(value == pytest.approx(math.exp(-0.5)) for value in found.values())
     found = perplexity_ratio(other + rng.normal(0, 3, 30), other, words)
     assert found["low"] < 1 < found["high"] and found["low"] < found["ratio"] < found["high"]
+    found = perplexity_ratio(other[:1] - 0.5 * words[:1], other[:1], words[:1])
+    assert found["ratio"] == pytest.approx(math.exp(-0.5))
+    assert math.isnan(found["low"]) and math.isnan(found["high"])
 
 
 def test_the_error_is_that_of_whole_documents() -> None:
@@ -58,6 +61,8 @@ def test_one_document_has_no_error_and_nothing_has_no_perplexity() -> None:
     one = np.array([3.0])
     found = perplexity(one, one, one, one)
     assert math.isnan(found.token_se) and found.json()["token_se"] is None
+    far = perplexity(np.array([800.0]), one, np.ones(1, int), one)
+    assert far.word == math.inf and far.json()["word"] is None
     with pytest.raises(ValueError, match="a counted token"):
         perplexity(one, np.array([0]), one, one)
     with pytest.raises(ValueError, match="finite"):

@@ -141,6 +141,9 @@ def test_a_teacher_with_another_vocabulary_is_refused_with_both_sizes(corpus: Pa
     student = recipe("decoder", text).changed(name="student", distillation={"teacher": str(folder)})
     with pytest.raises(UserError, match=r"has a vocabulary of \d+ tokens, the student \d+"):
         train(student, tmp_path)
+    lost = student.changed(distillation={"teacher": str(tmp_path / "nowhere")})
+    with pytest.raises(UserError, match=r"was not found[\s\S]*--preset teacher"):
+        train(lost, tmp_path)
 
 
 @slow
