@@ -21,6 +21,7 @@ from common.errors import UserError
 from common.text import PASSAGE, Encoded, PairTokenizer
 
 BATCH_TOKENS = 512  # padding included
+LAST_TOKENS = 128
 _FIELDS = ("score", "portable", "resonance", "overlap", "coherence")
 
 
@@ -29,15 +30,20 @@ def accelerator() -> str | None:
     return None
 
 
-def batches_by_length(encodeds: Sequence[Encoded], budget: int = BATCH_TOKENS) -> Iterator[np.ndarray]:
-    """Indices of batches, longest first: as many rows as fit `budget` tokens when padded to their longest."""
+def batches_by_length(
+    encodeds: Sequence[Encoded], budget: int = BATCH_TOKENS, cores: int = 1
+) -> Iterator[np.ndarray]:
+    """Indices of batches, longest first: as many rows as fit `budget` tokens when padded to their longest. The
+    last ones are smaller, LAST_TOKENS at least, so that all `cores` end together.
+    """
     sizes = np.asarray([len(encoded.ids) for encoded in encodeds], int)
     order = np.argsort(-sizes, kind="stable")
-    start = 0
+    start, left = 0, int(sizes.sum())
     while start < len(order):
-        rows = max(1, budget // max(1, int(sizes[order[start]])))
-        yield order[start : start + rows]
-        start += rows
+        room = min(budget, max(LAST_TOKENS, left // cores))
+        batch = order[start : start + max(1, room // max(1, int(sizes[order[start]])))]
+        yield batch
+        start, left = start + len(batch), left - int(sizes[batch].sum())
 
 
 def open_session(directory: Path, kind: str, threads: int) -> tuple[Any, dict[str, Any]]:
@@ -88,7 +94,8 @@ class OnnxSession:
         self.about: dict[str, Any] = self.config["onnx"]
         self.inputs = [item.name for item in self._session.get_inputs()]
         self.outputs = [item.name for item in self._session.get_outputs()]
-        self._pool = ThreadPoolExecutor(available_cores(), "resonance-onnx")
+        self._cores = available_cores()
+        self._pool = ThreadPoolExecutor(self._cores, "resonance-onnx")
 
     def run(
         self,
@@ -104,7 +111,8 @@ class OnnxSession:
             given = feed([encodeds[index] for index in indices])
             return indices, self._session.run(self.outputs, {name: given[name] for name in self.inputs})
 
-        futures = [self._pool.submit(work, indices) for indices in batches_by_length(encodeds)]
+        batches = batches_by_length(encodeds, cores=self._cores)
+        futures = [self._pool.submit(work, indices) for indices in batches]
         try:
             for future in as_completed(futures):
                 indices, arrays = future.result()

@@ -190,3 +190,7 @@ def test_batches_hold_few_tokens_and_little_padding(seed: int) -> None:
     assert all(max(size) * len(size) <= 512 for size in sizes)
     padded, real = sum(max(size) * len(size) for size in sizes), sum(map(sum, sizes))
     assert padded < 1.1 * real
+    shared = list(batches_by_length(encodeds, 512, cores=8))
+    assert sorted(np.concatenate(shared).tolist()) == list(range(500))
+    tokens = [sum(len(encodeds[index].ids) for index in batch) for batch in shared]
+    assert max(tokens) <= 512 and tokens[-1] <= 128 and np.median(tokens[:20]) > 256
