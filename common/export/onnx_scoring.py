@@ -33,8 +33,9 @@ def accelerator() -> str | None:
 def batches_by_length(
     encodeds: Sequence[Encoded], budget: int = BATCH_TOKENS, cores: int = 1
 ) -> Iterator[np.ndarray]:
-    """Indices of batches, longest first: as many rows as fit `budget` tokens when padded to their longest. The
-    last ones are smaller, LAST_TOKENS at least, so that all `cores` end together.
+    """Indices of batches, longest first: as many rows as fit `budget` tokens when padded to their longest.
+
+    The last ones are smaller, with room for LAST_TOKENS, so that all `cores` end together.
     """
     sizes = np.asarray([len(encoded.ids) for encoded in encodeds], int)
     order = np.argsort(-sizes, kind="stable")
