@@ -115,13 +115,14 @@ class Graph:
     """Nodes and weights of a model under construction; every method returns the name of what it made.
 
     `precision` says how the encoder's matrices and its word embeddings are kept: fp32; fp16 (half the size,
-    computed in float32); int8 (symmetric, a scale for each output, activations quantized as they come).
+    computed in float32); int8 (symmetric, a scale for each output).
     `reduce_range` keeps int8 weights within 7 bits, for processors without VNNI, where sums of products may
     overflow. `errors` gets the relative error of each quantized matrix.
 
-    `ranges`: the largest |x| of each channel that a matrix reads, [D] by key. A few channels are far larger
-    than the others, and int8 has one scale for all: each is divided by range^SMOOTHING and its weights grow
-    by as much (SmoothQuant: Xiao et al. 2022, arXiv:2211.10438).
+    `ranges`: the least and the largest value of each channel that a matrix reads, [2, D] by key. int8
+    quantizes its activations in that range; without, in the range of each batch, so that a score depends on
+    its neighbours. A few channels are far larger than the others, and all have one scale: each is divided by
+    range^SMOOTHING and its weights grow by as much (SmoothQuant: Xiao et al. 2022, arXiv:2211.10438).
     """
 
     def __init__(
@@ -194,12 +195,7 @@ class Graph:
             y = self.node("MatMul", [x, self._stored(key, matrix)])
             return y if bias is None else self.node("Add", [y, self.weight(f"{key}.bias", bias)])
         if key in self.ranges:
-            largest = np.maximum(np.abs(matrix).max(axis=1), 1e-5)
-            seen = self.ranges[key]
-            seen = np.maximum(seen, 0.01 * seen.max() + 1e-5)  # what was silent may speak
-            factor = seen**SMOOTHING / largest ** (1 - SMOOTHING)  # [D]
-            x = self.node("Mul", [x, self.weight(f"{key}.smooth", (1 / factor).astype(np.float32))])
-            matrix = matrix * factor[:, None].astype(np.float32)
+            return self._calibrated(x, key, matrix, bias)
         quantized, scale = self._quantized(key, matrix)
         inputs = [
             x,
@@ -209,6 +205,30 @@ class Graph:
             *([] if bias is None else [self.weight(f"{key}.bias", bias)]),
         ]
         return self.node("DynamicQuantizeMatMul", inputs, FUSED)
+
+    def _calibrated(self, x: str, key: str, matrix: np.ndarray, bias: np.ndarray | None) -> str:
+        """x [..., D] times matrix [D, F] with the activations quantized in the range that calibration saw."""
+        low, high = self.ranges[key]
+        seen = np.maximum(np.abs(low), np.abs(high))
+        seen = np.maximum(seen, 0.01 * seen.max() + 1e-5)  # what was silent may speak
+        largest = np.maximum(np.abs(matrix).max(axis=1), 1e-5)
+        factor = (seen**SMOOTHING / largest ** (1 - SMOOTHING)).astype(np.float32)  # [D]
+        least, most = min(0.0, float((low / factor).min())), max(1e-5, float((high / factor).max()))
+        step = np.asarray((most - least) / 255, np.float32)
+        zero = np.asarray(np.rint(-least / step), np.uint8)
+        quantized, scale = self._quantized(key, matrix * factor[:, None])
+        level = self.weight(f"{key}.step", step), self.weight(f"{key}.origin", zero)
+        smooth = self.node("Mul", [x, self.weight(f"{key}.smooth", 1 / factor)])
+        inputs = [
+            self.node("QuantizeLinear", [smooth, *level]),
+            self.weight(f"{key}.int8", quantized),
+            level[0],
+            self.weight(f"{key}.scale", scale[0]),
+            level[1],
+            self.weight(f"{key}.zero", np.zeros(matrix.shape[1], np.int8)),
+            *([] if bias is None else [self.weight(f"{key}.bias", bias)]),
+        ]
+        return self.node("MatMulIntegerToFloat", inputs, FUSED)
 
     def embedding(self, ids: str, key: str, table: np.ndarray, *, tied: bool = False) -> str:
         """Rows of the table [V, D], in the graph's precision: int8 has a scale for each row.
@@ -304,7 +324,7 @@ class Graph:
 def _ranges(
     build: Callable[[Graph], Outputs], tokenizer: PairTokenizer, rows: Sequence[Encoded], segment: int = 0
 ) -> dict[str, np.ndarray]:
-    """Of the fp32 graph over some rows, the largest |x| of each channel that a matrix reads, [D] by key."""
+    """Of the fp32 graph over some rows: `ranges` of Graph."""
     import onnxruntime
 
     graph = Graph("fp32")
@@ -314,13 +334,14 @@ def _ranges(
     }
     session = onnxruntime.InferenceSession(graph.model(outputs | seen), providers=["CPUExecutionProvider"])
     asked = [given.name for given in session.get_inputs()]
-    found = {key: np.zeros(size, np.float32) for key, (_, size) in graph.read.items()}
+    found = {key: np.zeros((2, size), np.float32) for key, (_, size) in graph.read.items()}
     for at in range(0, len(rows), CALIBRATION_ROWS):
         feed = onnx_feed(tokenizer, rows[at : at + CALIBRATION_ROWS], segment)
         values = session.run(list(seen), {name: feed[name] for name in asked})
         for key, value in zip(found, values, strict=True):
             real = value[feed["attention_mask"] > 0]  # [tokens, D]
-            found[key] = np.maximum(found[key], np.abs(real).max(axis=0))
+            low, high = found[key]
+            found[key] = np.stack([np.minimum(low, real.min(axis=0)), np.maximum(high, real.max(axis=0))])
     return found
 
 

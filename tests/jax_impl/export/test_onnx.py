@@ -105,7 +105,10 @@ def test_calibrated_int8_is_nearer_where_a_channel_is_far_larger(seed: int) -> N
     matrix = rng.normal(size=(16, 32)).astype(np.float32)
     matrix[:, 3] /= 100
     errors = {}
-    for name, ranges in (("plain", {}), ("calibrated", {"m": np.abs(x).max(axis=(0, 1))})):
+    for name, ranges in (
+        ("plain", {}),
+        ("calibrated", {"m": np.stack([x.min(axis=(0, 1)), x.max(axis=(0, 1))])}),
+    ):
         graph = Graph("int8", ranges=ranges)
         graph.input("x", ("rows", "tokens", 32), "FLOAT")
         model = graph.model({"y": (graph.product("x", "m", matrix), ["rows", "tokens", 16])})
@@ -152,6 +155,18 @@ def test_a_sentence_encoder_gives_the_same_vectors(tmp_path: Path, seed: int, pr
     least = {"fp32": 1 - 1e-5, "fp16": 1 - 1e-4, "int8": 0.98}[precision]
     assert (expected * got).sum(axis=1).min() > least
     assert encoder.encode([], kind="query").shape == (0, encoder.dim)
+
+
+def test_a_calibrated_int8_score_depends_on_no_neighbour_in_the_batch(tmp_path: Path, seed: int) -> None:
+    """Else onnxruntime takes the scale of the activations from the whole batch."""
+    source = reranker(tmp_path, seed)
+    queries, passages = pairs(seed)
+    calibration = list(zip(queries, passages, strict=True))[:10]
+    exported = export_cross_encoder(source, "int8", calibration=calibration)
+    scorer = load_scorer(written(tmp_path / "int8", exported))
+    together = scorer.score(queries, passages).score
+    alone = [scorer.score([q], [p]).score[0] for q, p in zip(queries, passages, strict=True)]
+    np.testing.assert_allclose(alone, together, atol=2e-3)
 
 
 def test_a_score_depends_on_no_neighbour_in_the_batch(tmp_path: Path, seed: int) -> None:
