@@ -32,6 +32,8 @@ def test_a_coarse_index_has_less(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = index_growth.Multiplied(vectors(40, 0), vectors(10, 1))
     monkeypatch.setattr(module, "FLAT_LIMIT", 100)
     monkeypatch.setattr(module, "GRAPH_LIMIT", 200)
+    monkeypatch.setattr(module, "_WIDE", 1)
+    monkeypatch.setitem(module._EFFORT, "IVF-PQ", ("nprobe", 2))
     coarse = index_growth.measured(encoder, 1500)["index"]
     assert coarse["kind"] == "IVF-PQ" and coarse["recall"] < 1.0 and coarse["megabytes_on_disk"] > 0
 
