@@ -45,7 +45,7 @@ import numpy as np
 from benchmarks import lm_generation, lm_training
 from benchmarks.record import RESULTS, Record, Row, compared
 from common.backends import language_module
-from common.checkpoint import read_config, read_json, write_file
+from common.checkpoint import json_numbers, read_config, read_json, write_file
 from common.config import RerankerConfig, RunOptions, load_recipe
 from common.data.combined import source_name
 from common.data.corpora import Form, load_corpus
@@ -564,10 +564,7 @@ def sample_row(plan: Plan, runs: Path) -> Row:
     ]
     for text in texts[: len(demo)]:
         print(f"--- {text['prompt']}\n{text['text']}")
-    finite = {
-        who: {name: value if math.isfinite(value) else None for name, value in found.items()}
-        for who, found in metrics.items()
-    }
+    finite = {who: json_numbers(found) for who, found in metrics.items()}
     return row(f"{plan.lm.name}: generated text", len(texts), "texts", metrics=finite, texts=texts, **sizes)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -188,6 +189,11 @@ def write_directory(directory: str | Path, fill: Callable[[Path], None]) -> None
         raise UserError(_save_failed(directory, error)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def json_numbers(values: Mapping[str, float]) -> dict[str, float | None]:
+    """Numbers as JSON has them: null where one is not finite."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:

@@ -243,10 +243,10 @@ class RAGPipeline:
 
     def delete_documents(self, ids: Iterable[str]) -> int:
         """Delete documents by id; returns how many there were. UserError for what is no list of texts."""
-        given = list(ids) if isinstance(ids, Iterable) and not isinstance(ids, str) else [None]
-        if not all(isinstance(each, str) for each in given):
+        given = None if isinstance(ids, str) or not isinstance(ids, Iterable) else list(ids)
+        if given is None or not all(isinstance(each, str) for each in given):
             raise UserError(f"ids come in a list of texts, not {ids!r:.60}: [id], where there is one")
-        return self.index.delete([str(each) for each in given])
+        return self.index.delete(given)
 
     def retrieve(self, query: str, top_k: int | None = None) -> Results:
         """The first stage's `top_k` (top_k_retrieval) best passages. UserError for an empty query."""

@@ -6,7 +6,6 @@ import errno
 import fcntl
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shutil
@@ -17,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from common.checkpoint import check_writable, read_json, to_json, write_file
+from common.checkpoint import check_writable, json_numbers, read_json, to_json, write_file
 from common.config import recipe_kinds, to_dict
 from common.errors import UserError, listed
 
@@ -120,7 +119,7 @@ class RunFolder:
         `kind` is "train", "dev" or "test"; a value that is not finite is written as null.
         """
         numbers = {name: float(value) for name, value in values.items()}
-        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        finite = json_numbers(numbers)
         seconds = round(time.monotonic() - self._started, 3)
         line = json.dumps({"step": int(step), "kind": kind, "seconds": seconds, **finite}, allow_nan=False)
         try:

@@ -11,7 +11,6 @@ human column is the author's own text with another place's as the reference. Wri
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, Literal
 import tyro
 
 from common.backends import checkpoint_identity, checkpoint_name, language_module
-from common.checkpoint import check_writable, read_config, to_json, write_file
+from common.checkpoint import check_writable, json_numbers, read_config, to_json, write_file
 from common.errors import UserError, run_command
 from common.hub import resolve_model
 from common.language.architectures import language_config
@@ -81,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(args)
     directory = resolve_model(args.model, remedy=MODEL_REMEDY)
     other = None if args.against is None else resolve_model(args.against, remedy=MODEL_REMEDY)
-    for model in (directory, *([] if other is None else [other])):
+    for model in filter(None, (directory, other)):
         language_config(read_config(model), model)
     place = args.out or (directory.parent if directory.name in ("best", "final") else directory)
     table_file, page_file = (place / file for file in FILES)
@@ -176,10 +175,7 @@ def measure(
             {"prompt": prepared.tokenizer.decode(prompt), "text": item.text}
             for prompt, item in zip(prompts.prompts, made, strict=True)
         ]
-    found["generation"] = {
-        column: {key: None if value != value else value for key, value in values.items()}
-        for column, values in columns.items()
-    }
+    found["generation"] = {column: json_numbers(values) for column, values in columns.items()}
     tables.append(metrics_table(f"Generated after {args.samples} places of {args.split}", columns, NOTE))
     return tables, found
 
@@ -201,9 +197,8 @@ def beside(
     rows = []
     for result in results:
         other = others.get(result.mode, others["static"])
-        found = perplexity_ratio(result.nll, other.nll, words)
-        known = {name: value if math.isfinite(value) else None for name, value in found.items()}
-        rows.append({"mode": result.mode, "other": other.mode, **known})
+        found = json_numbers(perplexity_ratio(result.nll, other.nll, words))
+        rows.append({"mode": result.mode, "other": other.mode, **found})
     return {"model": checkpoint_name(directory), "rows": rows}
 
 

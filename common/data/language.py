@@ -27,6 +27,11 @@ PADDED_TO = 32  # lengths of whole rows are multiples, so that few shapes are co
 WINDOW = 50  # batches whose rows are sorted by length together
 
 
+def padded_length(length: int, multiple: int = PADDED_TO) -> int:
+    """The next multiple from `length` on."""
+    return multiple * -(-length // multiple)
+
+
 @dataclass(frozen=True)
 class TokenDocuments:
     """The documents of a split as tokens, one behind the other."""
@@ -424,7 +429,7 @@ class WholeRows(_Planned):
         (chosen, order), position = self._place(step)
         rows = order[position]
         texts = [self._row(int(chosen[row])) for row in rows]
-        length = min(self.segment, PADDED_TO * -(-max(len(ids) - 1 for ids, _ in texts) // PADDED_TO))
+        length = min(self.segment, padded_length(max(len(ids) - 1 for ids, _ in texts)))
         parts = [_alone(ids, counted, length) for ids, counted in texts]
         empty = [_alone(*self._nothing(), length)] * (self.batch_size - len(rows))
         number = np.full(self.batch_size, -1, np.int32)

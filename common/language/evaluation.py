@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from common.data.language import PADDED_TO, LanguageBatch, TokenDocuments, evaluation_batches
+from common.data.language import LanguageBatch, TokenDocuments, evaluation_batches, padded_length
 from common.metrics.language import Perplexity, alignment_statistics, memory_statistics, perplexity
 from common.progress import progress
 
@@ -165,4 +165,4 @@ def _batches(
 
 def _enough(documents: TokenDocuments) -> int:
     """Tokens of a window that every document fits in."""
-    return PADDED_TO * -(-int(max(documents.lengths(), default=1)) // PADDED_TO)
+    return padded_length(int(max(documents.lengths(), default=1)))

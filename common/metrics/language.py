@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from common.checkpoint import json_numbers
+
 DISTINCT_WINDOW = 100  # tokens
 BLEU_ORDERS = (1, 2, 3, 4)
 
@@ -35,7 +37,7 @@ class Perplexity:
 
     def json(self) -> dict[str, Any]:
         """As JSON values, null where a number is not finite."""
-        return {key: value if math.isfinite(value) else None for key, value in asdict(self).items()}
+        return json_numbers(asdict(self))
 
     def line(self) -> str:
         """The three numbers with their errors, for a terminal."""

@@ -73,12 +73,12 @@ def export_cross_encoder(
     ranges: Arrays = {}
     if precision == "int8" and calibration:
         rows = tokenizer.encode_pairs(*([pair[side] for pair in calibration] for side in (0, 1)))
-        ranges, about = _ranges(build, tokenizer, rows, segment), about | {"calibrated_on": len(rows)}
+        ranges, about["calibrated_on"] = _ranges(build, tokenizer, rows, segment), len(rows)
     graph = Graph(precision, reduce_range, ranges)
-    outputs = build(graph)
+    model = graph.model(build(graph))
     config = {key: value for key, value in loaded.config.items() if not key.startswith("_")}
     config |= {"resonance": settings, "onnx": about}
-    return Exported(graph.model(outputs), config, lambda place: tokenizer.save(place, segment), graph.errors)
+    return Exported(model, config, lambda place: tokenizer.save(place, segment), graph.errors)
 
 
 def export_bi_encoder(
@@ -104,11 +104,11 @@ def export_bi_encoder(
     ranges: Arrays = {}
     if precision == "int8" and calibration:
         rows = tokenizer.encode_texts(list(calibration), longest)
-        ranges, about = _ranges(build, tokenizer, rows), about | {"calibrated_on": len(rows)}
+        ranges, about["calibrated_on"] = _ranges(build, tokenizer, rows), len(rows)
     graph = Graph(precision, reduce_range, ranges)
-    outputs = build(graph)
+    model = graph.model(build(graph))
     config = {key: value for key, value in config.items() if not key.startswith("_")} | {"onnx": about}
-    return Exported(graph.model(outputs), config, tokenizer.save, graph.errors)
+    return Exported(model, config, tokenizer.save, graph.errors)
 
 
 class Graph:
@@ -143,8 +143,9 @@ class Graph:
         return name
 
     def weight(self, name: str, value: np.ndarray) -> str:
-        kept = self._weights.setdefault(name, np.array(value, order="C"))
-        if not np.array_equal(kept, value):
+        if name not in self._weights:
+            self._weights[name] = np.array(value, order="C")
+        elif not np.array_equal(self._weights[name], value):
             raise ValueError(f"{name}: two weights of one name")
         return name
 
@@ -196,15 +197,8 @@ class Graph:
             return y if bias is None else self.node("Add", [y, self.weight(f"{key}.bias", bias)])
         if key in self.ranges:
             return self._calibrated(x, key, matrix, bias)
-        quantized, scale = self._quantized(key, matrix)
-        inputs = [
-            x,
-            self.weight(f"{key}.int8", quantized),
-            self.weight(f"{key}.scale", scale[0]),
-            self.weight(f"{key}.zero", np.zeros(matrix.shape[1], np.int8)),
-            *([] if bias is None else [self.weight(f"{key}.bias", bias)]),
-        ]
-        return self.node("DynamicQuantizeMatMul", inputs, FUSED)
+        quantized, scale, zero, *rest = self._integers(key, matrix, bias)
+        return self.node("DynamicQuantizeMatMul", [x, quantized, scale, zero, *rest], FUSED)
 
     def _calibrated(self, x: str, key: str, matrix: np.ndarray, bias: np.ndarray | None) -> str:
         """x [..., D] times matrix [D, F] with the activations quantized in the range that calibration saw."""
@@ -215,20 +209,23 @@ class Graph:
         factor = (seen**SMOOTHING / largest ** (1 - SMOOTHING)).astype(np.float32)  # [D]
         least, most = min(0.0, float((low / factor).min())), max(1e-5, float((high / factor).max()))
         step = np.asarray((most - least) / 255, np.float32)
-        zero = np.asarray(np.rint(-least / step), np.uint8)
-        quantized, scale = self._quantized(key, matrix * factor[:, None])
-        level = self.weight(f"{key}.step", step), self.weight(f"{key}.origin", zero)
+        unit = self.weight(f"{key}.step", step)
+        origin = self.weight(f"{key}.origin", np.asarray(np.rint(-least / step), np.uint8))
         smooth = self.node("Mul", [x, self.weight(f"{key}.smooth", 1 / factor)])
-        inputs = [
-            self.node("QuantizeLinear", [smooth, *level]),
+        read = self.node("QuantizeLinear", [smooth, unit, origin])
+        quantized, scale, zero, *rest = self._integers(key, matrix * factor[:, None], bias)
+        inputs = [read, quantized, unit, scale, origin, zero, *rest]
+        return self.node("MatMulIntegerToFloat", inputs, FUSED)
+
+    def _integers(self, key: str, matrix: np.ndarray, bias: np.ndarray | None) -> list[str]:
+        """A matrix [D, F] as int8, its scales and zero points, and the bias where there is one."""
+        quantized, scale = self._quantized(key, matrix)
+        return [
             self.weight(f"{key}.int8", quantized),
-            level[0],
             self.weight(f"{key}.scale", scale[0]),
-            level[1],
             self.weight(f"{key}.zero", np.zeros(matrix.shape[1], np.int8)),
             *([] if bias is None else [self.weight(f"{key}.bias", bias)]),
         ]
-        return self.node("MatMulIntegerToFloat", inputs, FUSED)
 
     def embedding(self, ids: str, key: str, table: np.ndarray, *, tied: bool = False) -> str:
         """Rows of the table [V, D], in the graph's precision: int8 has a scale for each row.

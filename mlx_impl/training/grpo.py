@@ -8,7 +8,6 @@ al. 2025, 2507.18071 (sequence ratio); tobi/qmd, finetune/experiments/grpo. No t
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from common.data.language import PADDED_TO
+from common.data.language import padded_length
 from common.errors import UserError
 from common.expansion.config import GrpoConfig, PolicyConfig
 from common.expansion.prompts import ExpansionPrompts
@@ -433,13 +432,14 @@ def _padded(
     limit: int,
 ) -> Completions:
     """Rows of a prompt's and a completion's tokens, the latter at most `limit`."""
-    prompts = list(dict.fromkeys(tuple(prompt) for prompt, _ in rows))
-    length = _rounded(max(map(len, prompts)) - 1, PROMPT_PADDED_TO)
+    prompts: dict[tuple[int, ...], int] = {}  # each once, and its row
+    numbers = [prompts.setdefault(tuple(prompt), len(prompts)) for prompt, _ in rows]
+    length = padded_length(max(1, *(len(prompt) - 1 for prompt in prompts)), PROMPT_PADDED_TO)
     read = np.zeros((len(prompts), length), np.int32)
     padding = np.array([length + 1 - len(prompt) for prompt in prompts])
     for row, (known, left) in enumerate(zip(prompts, padding, strict=True)):
         read[row, left:] = known[:-1]
-    new = min(_rounded(max(len(ids) for _, ids in rows), PADDED_TO), limit)
+    new = min(padded_length(max(1, *(len(ids) for _, ids in rows))), limit)
     ids = np.zeros((len(rows), 1 + new), np.int32)
     for row, (prompt, completion) in enumerate(rows):
         ids[row, : 1 + len(completion)] = [prompt[-1], *completion]
@@ -447,17 +447,12 @@ def _padded(
     return Completions(
         mx.array(read),
         mx.array(padding),
-        mx.array([prompts.index(tuple(prompt)) for prompt, _ in rows]),
+        mx.array(numbers),
         mx.array(ids),
         mask,
         mx.array(advantages, mx.float32),
         mask * mx.array(weights[:, None], mx.float32),
     )
-
-
-def _rounded(length: int, multiple: int) -> int:
-    """The next multiple, at least one."""
-    return multiple * max(1, math.ceil(length / multiple))
 
 
 def _mean(values: Sequence[mx.array], masks: Sequence[mx.array]) -> float:

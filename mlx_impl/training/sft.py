@@ -6,7 +6,6 @@ same as a fine-tuning of its decoder (common/expansion/sft.py).
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,7 +17,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from common.data.expansion import ExpansionData, ExpansionRow
-from common.data.language import PADDED_TO, batch_order
+from common.data.language import batch_order, padded_length
 from common.errors import UserError, listed
 from common.expansion.config import SftConfig
 from common.expansion.prompts import ExpansionPrompts
@@ -191,7 +190,7 @@ def learned_places(mask: mx.array) -> tuple[mx.array, mx.array]:
     The head is computed at these places alone: in a large vocabulary most of its cost is saved.
     """
     rows = [np.flatnonzero(row) for row in np.array(mask)[:, 1:]]
-    longest = PADDED_TO * max(1, math.ceil(max(map(len, rows)) / PADDED_TO))
+    longest = padded_length(max(1, *map(len, rows)))
     places = np.zeros((len(rows), longest), np.int32)
     counted = np.zeros((len(rows), longest), bool)
     for number, row in enumerate(rows):
@@ -254,7 +253,7 @@ def _padded(packs: Sequence[Sequence[tuple[list[int], int]]], size: int, packed:
     plus 1.
     """
     longest = max(sum(len(ids) for ids, _ in pack) for pack in packs)
-    length = 1 + PADDED_TO * math.ceil((longest - 1) / PADDED_TO)
+    length = 1 + padded_length(longest - 1)
     ids, mask = np.zeros((size, length), np.int32), np.zeros((size, length), bool)
     numbers = np.zeros((size, length), np.int32)  # 0: padding
     for place, pack in enumerate(packs):
